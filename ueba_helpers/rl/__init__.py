@@ -1,0 +1,1 @@
+"""Policies and their training: rollouts, advantages, PPO and GRPO, monitors, recipes."""

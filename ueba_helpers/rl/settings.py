@@ -1,0 +1,159 @@
+"""What a training run is set to: the controlled variables, and what PPO and GRPO add to them.
+
+Free of torch, so that tables of settings can be read without loading it. `RLSettings` holds every
+variable that the comparison keeps equal; the subclasses hold only what differs between the two
+algorithms (a test asserts it). Impossible values raise `UserError` at construction, with the
+field's name and the legal range.
+"""
+
+from dataclasses import dataclass, fields
+
+from ueba_helpers.errors import UserError
+
+
+def _require(condition: bool, field: str, value: object, legal: str) -> None:
+    if not condition:
+        raise UserError(f"{field}={value!r} is not possible: legal values are {legal}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicySettings:
+    """Which language model is trained, and how much of it."""
+
+    name: str = "tiny"  # "tiny", a hub name or a local checkpoint folder
+    backend: str = "transformers"  # "transformers" or "unsloth"
+    vocab_size: int = 2048  # tiny only
+    hidden_size: int = 128  # tiny only
+    layers: int = 4  # tiny only
+    max_prompt_tokens: int = 352
+    max_completion_tokens: int = 64
+    lora_rank: int = 0  # 0 trains all weights
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        _require(self.backend in ("transformers", "unsloth"), "backend", self.backend,
+                 "'transformers' and 'unsloth'")
+        _require(self.dtype in ("float32", "bfloat16"), "dtype", self.dtype,
+                 "'float32' and 'bfloat16'")
+        _require(self.vocab_size >= 512, "vocab_size", self.vocab_size, "512 and more")
+        _require(self.hidden_size >= 32 and self.hidden_size % 32 == 0, "hidden_size",
+                 self.hidden_size, "multiples of 32")
+        _require(self.layers >= 1, "layers", self.layers, "1 and more")
+        _require(self.lora_rank >= 0, "lora_rank", self.lora_rank, "0 (full training) and more")
+        _require(self.max_prompt_tokens >= 64, "max_prompt_tokens", self.max_prompt_tokens,
+                 "64 and more")
+        _require(self.max_completion_tokens >= 16, "max_completion_tokens",
+                 self.max_completion_tokens, "16 and more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTSettings:
+    """The cold start: how many verdicts it sees, and how wrong their risk labels are.
+
+    `downgrade` is the chance that the label of a demonstration is one level too low (an analyst
+    who under-reports), `label_noise` the chance that it is drawn at random.
+    """
+
+    examples: int = 2000
+    epochs: int = 3
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    downgrade: float = 0.0
+    label_noise: float = 0.0
+
+    def __post_init__(self):
+        _require(self.examples >= 1, "examples", self.examples, "1 and more")
+        _require(self.epochs >= 1, "epochs", self.epochs, "1 and more")
+        _require(self.batch_size >= 1, "batch_size", self.batch_size, "1 and more")
+        _require(0 < self.learning_rate < 1, "learning_rate", self.learning_rate,
+                 "between 0 and 1")
+        for name in ("downgrade", "label_noise"):
+            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLSettings:
+    """Everything PPO and GRPO have in common: the controlled variables of the comparison."""
+
+    steps: int = 100
+    prompts_per_step: int = 8
+    num_generations: int = 8
+    learning_rate: float = 1e-4
+    temperature: float = 1.0
+    num_iterations: int = 1
+    micro_batch_prompts: int = 8
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    kl_coef: float = 0.02
+    kl_placement: str = "reward"
+    scale_rewards: str = "batch"
+    max_grad_norm: float = 1.0
+    rewards: str = "ueba"
+    shared_prefix: bool = True
+    save_steps: int = 25
+    seed: int = 0
+
+    def __post_init__(self):
+        _require(self.steps >= 1, "steps", self.steps, "1 and more")
+        _require(self.prompts_per_step >= 1, "prompts_per_step", self.prompts_per_step,
+                 "1 and more")
+        _require(self.num_generations >= self.smallest_group, "num_generations",
+                 self.num_generations, f"{self.smallest_group} and more")
+        _require(0 < self.learning_rate < 1, "learning_rate", self.learning_rate,
+                 "between 0 and 1")
+        _require(self.temperature > 0, "temperature", self.temperature, "above 0")
+        _require(self.num_iterations >= 1, "num_iterations", self.num_iterations, "1 and more")
+        _require(self.micro_batch_prompts >= 1
+                 and self.prompts_per_step % self.micro_batch_prompts == 0,
+                 "micro_batch_prompts", self.micro_batch_prompts,
+                 f"divisors of prompts_per_step ({self.prompts_per_step})")
+        _require(0 < self.clip_low < 1, "clip_low", self.clip_low, "between 0 and 1")
+        _require(self.clip_high > 0, "clip_high", self.clip_high, "above 0")
+        _require(self.kl_coef >= 0, "kl_coef", self.kl_coef, "0 and more")
+        _require(self.kl_placement in ("reward", "loss"), "kl_placement", self.kl_placement,
+                 "'reward' and 'loss'")
+        _require(self.scale_rewards in ("none", "group", "batch"), "scale_rewards",
+                 self.scale_rewards, "'none', 'group' and 'batch'")
+        _require(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "above 0")
+        _require(self.rewards in ("ueba", "traditional"), "rewards", self.rewards,
+                 "'ueba' and 'traditional'")
+        _require(self.save_steps >= 1, "save_steps", self.save_steps, "1 and more")
+
+    smallest_group = 1
+
+    @classmethod
+    def controlled(cls) -> tuple[str, ...]:
+        """Return the names of the variables that the comparison keeps equal."""
+        return tuple(field.name for field in fields(RLSettings))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOSettings(RLSettings):
+    """GRPO: the group's mean is the baseline (Shao et al. 2024, arXiv:2402.03300)."""
+
+    smallest_group = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOSettings(RLSettings):
+    """PPO: a learned critic is the baseline (Schulman et al. 2017, arXiv:1707.06347)."""
+
+    critic: str = "separate"
+    critic_learning_rate_ratio: float = 5.0
+    critic_warmup_steps: int = 10
+    gamma: float = 1.0
+    lam: float = 1.0
+    value_clip: float | None = 0.5
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require(self.critic in ("separate", "shared"), "critic", self.critic,
+                 "'separate' and 'shared'")
+        _require(self.critic_learning_rate_ratio > 0, "critic_learning_rate_ratio",
+                 self.critic_learning_rate_ratio, "above 0")
+        _require(self.critic_warmup_steps >= 0, "critic_warmup_steps", self.critic_warmup_steps,
+                 "0 and more")
+        _require(0 < self.gamma <= 1, "gamma", self.gamma, "above 0, to 1")
+        _require(0 <= self.lam <= 1, "lam", self.lam, "0 to 1")
+        _require(self.value_clip is None or self.value_clip > 0, "value_clip", self.value_clip,
+                 "None and numbers above 0")

@@ -1,0 +1,1 @@
+"""The experiment: profiles, run folders, evaluation, figures, the notebook pipeline."""

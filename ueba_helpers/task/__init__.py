@@ -1,0 +1,1 @@
+"""The question put to the model: prompts, verdicts, rewards, and the classical baselines."""
