@@ -1,0 +1,169 @@
+"""From rewards to advantages: the whole difference between GRPO and PPO, side by side.
+
+In: sequence rewards `(B,)` or token rewards and values `(B, T)` with a completion mask.
+Out: advantages of the same shape. `B` counts completions, completions of one prompt stand together
+in groups of `group_size`; `T` counts completion tokens. Pure tensor functions without state; they
+refuse a batch that does not divide into groups and a scale they do not know.
+"""
+
+import torch
+from torch import Tensor
+
+EPSILON = 1e-4  # added to a standard deviation, as in TRL's GRPOTrainer
+SCALES = ("none", "group", "batch")
+
+
+def _groups(rewards: Tensor, group_size: int) -> Tensor:
+    if rewards.dim() != 1:
+        raise ValueError(f"rewards must have shape (B,), got {tuple(rewards.shape)}")
+    if group_size < 1 or rewards.numel() % group_size:
+        raise ValueError(f"{rewards.numel()} rewards do not divide into groups of {group_size}")
+    return rewards.view(-1, group_size)
+
+
+def reward_scale(rewards: Tensor, group_size: int, scale: str = "none") -> Tensor:
+    """Return the divisor `(B,)` of the advantages: one, the group's or the batch's deviation.
+
+    The deviation is the unbiased one plus `EPSILON`; a single value has deviation zero.
+
+    >>> reward_scale(torch.tensor([1., 1., 0., 0.]), 4, "none")
+    tensor([1., 1., 1., 1.])
+    """
+    groups = _groups(rewards, group_size)
+    if scale == "none":
+        return torch.ones_like(rewards)
+    if scale == "group":
+        deviation = groups.std(1) if group_size > 1 else torch.zeros_like(groups[:, 0])
+        return deviation.repeat_interleave(group_size) + EPSILON
+    if scale == "batch":
+        deviation = rewards.std() if rewards.numel() > 1 else torch.zeros(())
+        return (deviation + EPSILON).expand_as(rewards)
+    raise ValueError(f"scale={scale!r} is unknown: legal values are {', '.join(SCALES)}")
+
+
+def group_relative(rewards: Tensor, group_size: int, scale: str = "none") -> Tensor:
+    """Return rewards minus their group's mean, divided by a deviation (GRPO).
+
+    `scale="group"` is the published form, A = (r - mean) / std (Shao et al. 2024,
+    arXiv:2402.03300, section 4.1.2); `"none"` leaves the division out (Dr. GRPO, Liu et al. 2025,
+    arXiv:2503.20783); `"batch"` divides by the deviation of the whole batch.
+
+    >>> group_relative(torch.tensor([1., 1., 0., 0.]), 4)
+    tensor([ 0.5000,  0.5000, -0.5000, -0.5000])
+    """
+    groups = _groups(rewards, group_size)
+    centred = (groups - groups.mean(1, keepdim=True)).reshape(-1)
+    return centred / reward_scale(rewards, group_size, scale)
+
+
+def leave_one_out(rewards: Tensor, group_size: int) -> Tensor:
+    """Return rewards minus the mean of the *other* rewards of the group (RLOO).
+
+    A_i = r_i - mean of r_j over j != i (Ahmadian et al. 2024, arXiv:2402.14740, equation 6):
+    G / (G - 1) times the group-relative advantage without scaling.
+
+    >>> leave_one_out(torch.tensor([1., 0., 0., 0.]), 4)
+    tensor([ 1.0000, -0.3333, -0.3333, -0.3333])
+    """
+    if group_size < 2:
+        raise ValueError(f"leave-one-out needs groups of at least 2, got {group_size}")
+    groups = _groups(rewards, group_size)
+    others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
+    return (groups - others).reshape(-1)
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
+        ) -> tuple[Tensor, Tensor]:
+    """Return generalised advantage estimates and the critic's targets, both `(B, T)`.
+
+    delta_t = r_t + gamma V_(t+1) - V_t and A_t = delta_t + gamma lam A_(t+1) (Schulman et al.
+    2016, arXiv:1506.02438, equation 16); `values[:, t]` is the value of the state *before*
+    token t, the value after the last masked-in token is zero. Returns are A + V, before any
+    whitening. Outside the mask both are zero.
+
+    >>> a, r = gae(torch.tensor([[0., 1.]]), torch.tensor([[.5, .5]]), torch.ones(1, 2), 1., 1.)
+    >>> a, r
+    (tensor([[0.5000, 0.5000]]), tensor([[1., 1.]]))
+    """
+    if not rewards.shape == values.shape == mask.shape or rewards.dim() != 2:
+        raise ValueError("rewards, values and mask must share one (B, T) shape, got "
+                         f"{tuple(rewards.shape)}, {tuple(values.shape)}, {tuple(mask.shape)}")
+    mask = mask.to(rewards.dtype)
+    rewards, values = rewards * mask, values * mask
+    advantages = torch.zeros_like(rewards)
+    following_value = torch.zeros_like(rewards[:, 0])
+    following_advantage = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.size(1))):
+        delta = rewards[:, t] + gamma * following_value - values[:, t]
+        following_advantage = (delta + gamma * lam * following_advantage) * mask[:, t]
+        following_value = values[:, t]
+        advantages[:, t] = following_advantage
+    return advantages, (advantages + values) * mask
+
+
+def terminal_rewards(scores: Tensor, mask: Tensor) -> Tensor:
+    """Return `(B, T)` rewards that are zero but for `scores` on each row's last masked-in token.
+
+    >>> terminal_rewards(torch.tensor([2., 3.]), torch.tensor([[1, 1, 0], [1, 1, 1]]))
+    tensor([[0., 2., 0.],
+            [0., 0., 3.]])
+    """
+    last = (mask.long().sum(1) - 1).clamp(min=0)
+    rewards = torch.zeros(mask.shape, dtype=scores.dtype, device=scores.device)
+    return rewards.scatter(1, last.unsqueeze(1), scores.unsqueeze(1)) * mask
+
+
+def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
+    """Return x with mean zero and variance one over the mask, zero outside it.
+
+    The variance is the unbiased one and 1e-8 is added to it, as in TRL 1.12's `masked_whiten`.
+    Without `shift_mean` the mean is kept.
+
+    >>> whiten(torch.tensor([[1., 3., 99.]]), torch.tensor([[1, 1, 0]]))
+    tensor([[-0.7071,  0.7071,  0.0000]])
+    """
+    mask = mask.to(x.dtype)
+    count = mask.sum()
+    if count < 2:
+        raise ValueError("whitening needs at least two values inside the mask")
+    mean = (x * mask).sum() / count
+    variance = ((x - mean) ** 2 * mask).sum() / (count - 1)
+    whitened = (x - mean) * torch.rsqrt(variance + 1e-8)
+    return (whitened if shift_mean else whitened + mean) * mask
+
+
+def kl_estimate(log_policy: Tensor, log_reference: Tensor, estimator: str = "k1") -> Tensor:
+    """Return per-token estimates of KL(policy || reference) for tokens drawn from the policy.
+
+    With x = log policy - log reference: k1 = x, k2 = x^2 / 2, k3 = exp(-x) - 1 + x
+    (Schulman 2020, "Approximating KL divergence"). k1 and k3 are unbiased, k3 is never negative.
+
+    >>> kl_estimate(torch.tensor([0.]), torch.tensor([-1.]), "k1")
+    tensor([1.])
+    """
+    x = log_policy - log_reference
+    if estimator == "k1":
+        return x
+    if estimator == "k2":
+        return x * x / 2
+    if estimator == "k3":
+        return torch.exp(-x) - 1 + x
+    raise ValueError(f"estimator={estimator!r} is unknown: legal values are k1, k2, k3")
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """Return 1 - Var(returns - values) / Var(returns) over the mask; 0 where returns do not vary.
+
+    Measured around the residual's own mean, so that a constant offset of the critic costs
+    nothing: one is perfect, zero no better than a constant, below zero worse.
+
+    >>> r = torch.tensor([[1., 2., 3.]]); explained_variance(r + 1, r, torch.ones(1, 3))
+    tensor(1.)
+    """
+    inside = mask.bool()
+    targets, residuals = returns[inside], (returns - values)[inside]
+    if targets.numel() < 2:
+        return torch.zeros((), device=values.device)
+    total = targets.var(correction=0)
+    explained = 1 - residuals.var(correction=0) / total.clamp(min=1e-12)
+    return torch.where(total > 1e-8, explained, torch.zeros_like(explained))

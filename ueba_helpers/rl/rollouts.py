@@ -1,0 +1,225 @@
+"""Windows to completions to verdicts: the one road for training and evaluation.
+
+In: a causal language model and prompts as token ids. Out: completions with the log-probabilities
+they were sampled at, and the predictions table of a detector. Each prompt is prefilled once, its
+cache repeated for all its completions, and rows that have ended leave the batch.
+
+Sampling inverts the cumulative distribution with one uniform number per (completion, token),
+drawn beforehand: a completion depends on its own numbers and nothing else, neither on its
+neighbours in the batch nor on how the batch is cut over devices. Top-k, top-p and repetition
+penalties are left out on purpose: training scores the distribution that was sampled.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ueba_helpers.errors import UserError
+from ueba_helpers.rl.prefix import backbone_of, completion_states, group_prompts, prefill
+from ueba_helpers.rl.prefix import token_log_probs as log_probs_of
+from ueba_helpers.task.verdicts import RISKS, parse_verdict
+
+
+@dataclass(frozen=True)
+class Completions:
+    """Token ids without padding (an end-of-turn token included) and their log-probabilities."""
+
+    ids: list[list[int]]
+    log_probs: list[list[float]]
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str = "cpu"
+             ) -> tuple[Tensor, Tensor]:
+    """Return ids and mask `(B, P)`, both long, padded on the left; masks come from lengths.
+
+    >>> pad_left([[1], [2, 3]], 0)[0].tolist()
+    [[0, 1], [2, 3]]
+    """
+    ids, mask = pad_right([row[::-1] for row in rows], pad_id, device)
+    return ids.flip(1), mask.flip(1)
+
+
+def pad_right(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str = "cpu"
+              ) -> tuple[Tensor, Tensor]:
+    """Return ids and mask `(B, T)`, both long, padded on the right; masks come from lengths.
+
+    >>> pad_right([[1], [2, 3]], 0)[1].tolist()
+    [[1, 0], [1, 1]]
+    """
+    width = max(1, max(len(row) for row in rows))
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+        mask[i, : len(row)] = 1
+    return ids.to(device), mask.to(device)
+
+
+@torch.no_grad()
+def generate(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
+             eos_token_ids: Sequence[int], pad_token_id: int, temperature: float = 1.0,
+             uniforms: np.ndarray | None = None) -> Completions:
+    """Complete each prompt (token ids); equal neighbours share one prefill.
+
+    With `uniforms` `(B, max_new_tokens)` in [0, 1) tokens are sampled at `temperature`; without
+    it the most probable token is taken and log-probabilities are at temperature 1.
+    """
+    device = next(model.parameters()).device
+    if uniforms is not None and uniforms.shape != (len(prompts), max_new_tokens):
+        raise ValueError(f"uniforms must have shape {(len(prompts), max_new_tokens)}, got "
+                         f"{uniforms.shape}")
+    was_training = model.training
+    model.eval()
+    try:
+        return _decode(model, *pad_left(prompts, pad_token_id, device), max_new_tokens,
+                       torch.tensor(list(eos_token_ids), device=device), temperature, uniforms)
+    finally:
+        model.train(was_training)
+
+
+def _decode(model, prompt_ids, prompt_mask, max_new_tokens, eos_ids, temperature, uniforms):
+    backbone, head = backbone_of(model), model.get_output_embeddings()
+    groups = group_prompts(prompt_ids, prompt_mask)
+    cache, states = prefill(backbone, groups)
+    mask = groups.mask[groups.index]
+    positions = mask.sum(1)
+    rows = torch.arange(mask.size(0), device=mask.device)
+    draws = None if uniforms is None else torch.as_tensor(uniforms, device=mask.device)
+    ids: list[list[int]] = [[] for _ in range(mask.size(0))]
+    log_probs: list[list[float]] = [[] for _ in range(mask.size(0))]
+    for step in range(max_new_tokens):
+        logits = head(states[:, -1]).float()
+        scaled = (logits if draws is None else logits / temperature).log_softmax(-1)
+        if draws is None:
+            tokens = scaled.argmax(-1)
+        else:
+            tokens = _invert(scaled.exp(), draws[rows, step])
+        chosen = scaled.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        for row, token, value in zip(rows.tolist(), tokens.tolist(), chosen.tolist(),
+                                     strict=True):
+            ids[row].append(token)
+            log_probs[row].append(value)
+        alive = ~torch.isin(tokens, eos_ids)
+        if step + 1 == max_new_tokens or not alive.any():
+            break
+        if not alive.all():
+            keep = alive.nonzero().squeeze(-1)
+            cache.batch_select_indices(keep)
+            rows, tokens, mask, positions = rows[keep], tokens[keep], mask[keep], positions[keep]
+        mask = torch.cat([mask, mask.new_ones(mask.size(0), 1)], 1)
+        states = backbone(input_ids=tokens.unsqueeze(-1), attention_mask=mask,
+                          position_ids=positions.unsqueeze(-1), past_key_values=cache,
+                          use_cache=True).last_hidden_state
+        positions = positions + 1
+    return Completions(ids, log_probs)
+
+
+def _invert(probabilities: Tensor, draws: Tensor) -> Tensor:
+    """Return the first token whose cumulative probability exceeds the draw, `(B,)`."""
+    cumulative = probabilities.double().cumsum(-1)
+    target = draws.double() * cumulative[:, -1]  # the sum misses one by rounding
+    tokens = torch.searchsorted(cumulative, target.unsqueeze(-1), right=True).squeeze(-1)
+    return tokens.clamp(max=probabilities.size(-1) - 1)
+
+
+def tokenize_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[dict]], *,
+                     max_prompt_tokens: int | None = None) -> list[list[int]]:
+    """Return the token ids of chat prompts, ready for the assistant's turn.
+
+    A prompt over the limit raises: windows are cut to the budget before (prompts.fit_budget).
+    """
+    rows = tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True,
+                                         tokenize=True, return_dict=True)["input_ids"]
+    for i, row in enumerate(rows):
+        if max_prompt_tokens is not None and len(row) > max_prompt_tokens:
+            raise UserError(f"prompt {i} has {len(row)} tokens, max_prompt_tokens is "
+                            f"{max_prompt_tokens}: lower max_items or raise the limit.")
+    return rows
+
+
+@torch.no_grad()
+def risk_scores(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
+                prompts: Sequence[Sequence[int]], texts: Sequence[str], *,
+                batch_size: int = 32) -> np.ndarray:
+    """Return P(label) `(N, 3)` over the three whole risk labels, teacher-forced.
+
+    Each text is cut behind the last `"risk": "`; the log-probabilities of the three labels with
+    the closing quote are summed over their tokens and normalised. A text without a risk value
+    gets NaN.
+    """
+    marker = '"risk": "'
+    jobs = [i for i, text in enumerate(texts) if marker in text]
+    scores = np.full((len(texts), len(RISKS)), np.nan)
+    pad = tokenizer.pad_token_id
+    device = next(model.parameters()).device
+    backbone, head = backbone_of(model), model.get_output_embeddings()
+    for start in range(0, len(jobs), batch_size):
+        chunk = jobs[start:start + batch_size]
+        contexts, answers, first = [], [], []
+        for i in chunk:
+            stem = texts[i][: texts[i].rindex(marker) + len(marker)]
+            stem_ids = tokenizer(stem, add_special_tokens=False)["input_ids"]
+            for risk in RISKS:
+                whole = tokenizer(stem + risk + '"', add_special_tokens=False)["input_ids"]
+                same = next((k for k, (a, b) in enumerate(zip(stem_ids, whole, strict=False))
+                             if a != b), min(len(stem_ids), len(whole)))
+                contexts.append(list(prompts[i]))
+                answers.append(whole)
+                first.append(same)
+        cut = [min(first[k:k + 3]) for k in range(0, len(first), 3) for _ in range(3)]
+        prompt_ids, prompt_mask = pad_left(contexts, pad, device)
+        ids, mask = pad_right(answers, pad, device)
+        states = completion_states(backbone, prompt_ids, prompt_mask, ids, mask)
+        values, _ = log_probs_of(states, head, ids, mask)
+        counted = torch.arange(ids.size(1), device=device) >= torch.tensor(
+            cut, device=device).unsqueeze(1)
+        totals = (values * counted).sum(1).view(-1, len(RISKS))
+        scores[chunk] = totals.softmax(-1).cpu().double().numpy()
+    return scores
+
+
+def predict(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict], *,
+            detector: str, seed: int, split: str, max_new_tokens: int,
+            batch_size: int = 64) -> pd.DataFrame:
+    """Return the predictions table of a policy, decoded greedily, one row per prompt.
+
+    `rows` are those of `prompts.prompt_dataset`. The score is P(malicious) among the three labels
+    after the policy's own evidence; an invalid verdict scores -1, below every valid one.
+    `seconds` is the mean time per window.
+    """
+    model.eval()
+    prompts = tokenize_prompts(tokenizer, [row["prompt"] for row in rows])
+    order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
+    texts = [""] * len(rows)
+    started = time.perf_counter()
+    for start in range(0, len(order), batch_size):
+        chunk = order[start:start + batch_size]
+        done = generate(model, [prompts[i] for i in chunk], max_new_tokens=max_new_tokens,
+                        eos_token_ids=[tokenizer.eos_token_id],
+                        pad_token_id=tokenizer.pad_token_id)
+        for i, text in zip(chunk, tokenizer.batch_decode(done.ids, skip_special_tokens=True),
+                           strict=True):
+            texts[i] = text
+    verdicts = [parse_verdict(text, row["evidence_ids"])
+                for text, row in zip(texts, rows, strict=True)]
+    probabilities = risk_scores(model, tokenizer, prompts, texts)
+    seconds = (time.perf_counter() - started) / max(1, len(rows))
+    return pd.DataFrame({
+        "detector": detector, "seed": seed,
+        "window_id": [row["window_id"] for row in rows],
+        "user": [row["user"] for row in rows], "day": [row["day"] for row in rows],
+        "split": split, "label": [row["label"] for row in rows],
+        "risk": [v.risk if v.valid else "invalid" for v in verdicts],
+        "score": [float(p[RISKS.index("malicious")]) if v.valid else -1.0
+                  for v, p in zip(verdicts, probabilities, strict=True)],
+        "features": [list(v.features) if v.valid else [] for v in verdicts],
+        "evidence": [list(v.evidence) if v.valid else [] for v in verdicts],
+        "valid": [v.valid for v in verdicts], "seconds": seconds,
+        "problem": [v.problem or "" for v in verdicts], "completion": texts,
+    })

@@ -1,0 +1,669 @@
+"""PPO and GRPO over one trainer: same rollouts, same rewards, same loss, another baseline.
+
+In: what TRL's `GRPOTrainer` takes (model, reward functions, dataset with a `prompt` column,
+tokenizer), for PPO optionally a `value_model`. Out: a trained policy, TRL's metrics and the ones
+named below. `PPOTrainer` and `GRPOTrainer` differ in `_advantages` and in what the critic adds;
+everything else is `PolicyGradientTrainer`, a subclass of TRL's trainer (1.14.2), whose clipped
+surrogate takes advantages per completion `(B,)` or per token `(B, T)`.
+
+Differences from the papers: one epoch over each rollout by default; the token mean over the whole
+batch instead of the mean of sequence means (DAPO, arXiv:2503.14476, section 3.3); KL as k1 inside
+the reward by default, per token for PPO and summed over the completion for GRPO. Completions that
+hit the length limit count as ended, with `missing_eos_penalty` taken off their reward.
+
+Refused: reward functions that raise, return the wrong number of values, NaN or anything but
+numbers; group sizes that do not divide the batch; prompts longer than the context; a critic that
+reads another vocabulary.
+"""
+
+import copy
+import functools
+import inspect
+import math
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import trl
+from accelerate.logging import get_logger
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl.models.utils import _ForwardRedirection
+from trl.trainer.utils import (
+    split_pixel_values_by_grid,
+    split_tensor_dict,
+    unsplit_pixel_values_by_grid,
+)
+
+from ueba_helpers.data.files import atomic_path
+from ueba_helpers.data.seeding import generator
+from ueba_helpers.errors import UserError
+from ueba_helpers.rl import advantages as estimators
+from ueba_helpers.rl.policies import make_critic, value_head, values_of
+from ueba_helpers.rl.prefix import backbone_of, completion_states, shareable, token_log_probs
+from ueba_helpers.rl.rollouts import generate
+
+logger = get_logger(__name__)
+
+CRITIC_FILE = "critic.safetensors"
+
+
+@dataclass
+class PolicyGradientConfig(trl.GRPOConfig):
+    """TRL's GRPOConfig with the KL field, the reward checks and the speed switches of both.
+
+    `kl_coef` and `kl_placement` replace TRL's `beta`: "reward" subtracts `kl_coef` times k1 from
+    the reward, "loss" adds `kl_coef` times bias-corrected k3 to the loss. Setting `beta` is the
+    same as `kl_coef=beta, kl_placement="loss"`.
+    """
+
+    kl_coef: float = field(default=0.0, metadata={"help": "Weight of the KL to the reference."})
+    kl_placement: str = field(default="reward", metadata={"help": "'reward' or 'loss'."})
+    missing_eos_penalty: float = field(
+        default=0.0, metadata={"help": "Taken off the reward of a completion without an end."})
+    shared_prefix: bool = field(
+        default=True, metadata={"help": "Run a prompt once for all its completions."})
+    loss_type: str = field(default="dapo", metadata={"help": "Token mean over the batch."})
+    scale_rewards: str = field(default="batch", metadata={"help": "'none', 'group', 'batch'."})
+    use_bias_correction_kl: bool = field(default=True, metadata={"help": "See TRL."})
+    bf16: bool | None = field(default=False, metadata={"help": "Autocast to bfloat16."})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "See Transformers."})
+    logging_steps: float = field(default=1, metadata={"help": "Optimiser steps per log line."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "See Transformers."})
+    report_to: str = field(default="none", metadata={"help": "See Transformers."})
+
+    _scales = ("none", "group", "batch")
+
+    def __post_init__(self):
+        if self.beta:
+            if self.kl_coef and (self.kl_placement, self.kl_coef) != ("loss", self.beta):
+                raise UserError(f"beta={self.beta} and kl_coef={self.kl_coef} both weigh the KL: "
+                                "set kl_coef and kl_placement only.")
+            self.kl_coef, self.kl_placement = self.beta, "loss"
+        if self.kl_placement not in ("reward", "loss"):
+            raise UserError(f"kl_placement={self.kl_placement!r} is not possible: legal values "
+                            "are 'reward' and 'loss'.")
+        if self.kl_coef < 0:
+            raise UserError(f"kl_coef={self.kl_coef} is not possible: legal values are 0 and more.")
+        self.beta = self.kl_coef if self.kl_placement == "loss" else 0.0
+        scale = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
+        if scale not in self._scales:
+            raise UserError(f"scale_rewards={scale!r} is not possible: legal values are "
+                            f"{', '.join(map(repr, self._scales))}.")
+        super().__post_init__()
+
+
+@dataclass
+class GRPOConfig(PolicyGradientConfig):
+    """Settings of GRPO: the baseline is the mean of the group's rewards."""
+
+
+@dataclass
+class PPOConfig(PolicyGradientConfig):
+    """Settings of PPO: the baseline is a critic.
+
+    `critic` is "separate" (a backbone of its own) or "shared" (a head on the policy's hidden
+    state, whose loss, weighed by `vf_coef`, also reaches the policy's trunk). During the first
+    `critic_warmup_steps` optimiser steps only the critic learns. `scale_rewards="whiten"` gives
+    token advantages mean zero and variance one over the batch; the other scales divide by the
+    same deviation of sequence rewards as in GRPO.
+    """
+
+    num_generations: int | None = field(default=1, metadata={"help": "Completions per prompt."})
+    critic: str = field(default="separate", metadata={"help": "'separate' or 'shared'."})
+    critic_learning_rate: float | None = field(
+        default=None, metadata={"help": "Default: five times the policy's."})
+    critic_warmup_steps: int = field(default=0, metadata={"help": "Steps with a frozen policy."})
+    gamma: float = field(default=1.0, metadata={"help": "Discount per token."})
+    lam: float = field(default=1.0, metadata={"help": "GAE's lambda for the policy."})
+    critic_lam: float = field(default=1.0, metadata={"help": "Lambda of the critic's targets."})
+    value_clip: float | None = field(default=None, metadata={"help": "Clip range of values."})
+    vf_coef: float = field(default=1.0, metadata={"help": "Weight of the value loss."})
+
+    _scales = ("none", "group", "batch", "whiten")
+
+    def __post_init__(self):
+        wanted = self.num_generations
+        if self.critic not in ("separate", "shared"):
+            raise UserError(f"critic={self.critic!r} is not possible: legal values are "
+                            "'separate' and 'shared'.")
+        if self.num_generations == 1:
+            # TRL refuses groups of one, which GRPO's baseline needs and PPO's does not: satisfy
+            # its check with a legal divisor, then restore.
+            steps = self.steps_per_generation or self.gradient_accumulation_steps
+            world = int(os.environ.get("WORLD_SIZE", "1"))
+            batch = self.generation_batch_size or self.per_device_train_batch_size * steps * world
+            if batch < 2:
+                raise UserError("per_device_train_batch_size times gradient_accumulation_steps "
+                                f"is {batch}: PPO needs at least 2 completions per step.")
+            self.num_generations = batch
+            self.num_generations_eval = self.num_generations_eval or 1
+        super().__post_init__()
+        self.num_generations = wanted
+        if self.critic_learning_rate is None:
+            self.critic_learning_rate = 5 * self.learning_rate
+
+
+def _checked(reward_func: Callable) -> Callable:
+    """Return the reward function with its output checked; the error names the function."""
+    name = reward_func.__name__
+
+    def check(values, expected):
+        if isinstance(values, str | bytes) or not isinstance(values, list | tuple | Tensor):
+            raise UserError(f"reward function {name} returned {type(values).__name__}: it must "
+                            "return a list with one number or None per completion.")
+        values = values.tolist() if isinstance(values, Tensor) else list(values)
+        if len(values) != expected:
+            raise UserError(f"reward function {name} returned {len(values)} values for "
+                            f"{expected} completions.")
+        for i, value in enumerate(values):
+            if value is None:
+                continue
+            try:
+                finite = not isinstance(value, str) and math.isfinite(value)
+            except TypeError:
+                finite = False
+            if not finite:
+                raise UserError(f"reward function {name} returned {value!r} for completion {i}: "
+                                "values must be finite numbers or None.")
+        return values
+
+    if inspect.iscoroutinefunction(reward_func):
+        @functools.wraps(reward_func)
+        async def checked_async(*args, **kwargs):
+            return check(await reward_func(*args, **kwargs), len(kwargs["completions"]))
+        return checked_async
+
+    @functools.wraps(reward_func)
+    def checked(*args, **kwargs):
+        try:
+            values = reward_func(*args, **kwargs)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"reward function {name} raised {type(error).__name__}: {error}"
+                            ) from error
+        return check(values, len(kwargs["completions"]))
+    return checked
+
+
+class PolicyGradientTrainer(trl.GRPOTrainer):
+    """What PPO and GRPO share: rollouts, rewards, reference, shared prefix, clipped surrogate."""
+
+    def __init__(self, model, reward_funcs, args=None, **kwargs):
+        if args is None:
+            args = self.config_class(output_dir=f"runs/{self._name.lower()}")
+        if not isinstance(args, self.config_class):
+            raise UserError(f"args must be a {self.config_class.__name__}, got "
+                            f"{type(args).__name__}.")
+        funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        funcs = [_checked(f) if inspect.isfunction(f) else f for f in funcs]
+        # TRL would read a second copy of the weights from disk for the reference; the copy is
+        # made in memory below, so that a model without a folder can be trained too.
+        wanted_beta, args.beta = args.beta, 0.0
+        super().__init__(model=model, reward_funcs=funcs, args=args, **kwargs)
+        self.args.beta = self.beta = wanted_beta
+        self.use_sampler = self._can_sample_here()
+        self._why_plain = self._reason_for_plain_path()
+        if self._why_plain:
+            logger.info(f"prompts are not shared: {self._why_plain}")
+        self._redirect = _ForwardRedirection()
+        self._reference = None
+        if args.kl_coef and not isinstance(self._bare_model(), PeftModel):
+            reference = copy.deepcopy(self._bare_model()).requires_grad_(False).eval()
+            self._reference = self.accelerator.prepare_model(reference, evaluation_mode=True)
+            self.ref_model = self._reference if self.beta else None
+        self._rewards_per_func: Tensor | None = None
+        self._scored: dict[str, Tensor] = {}
+        self._evaluation_draws = 0
+
+    config_class = PolicyGradientConfig
+
+    def _bare_model(self) -> PreTrainedModel:
+        return self.accelerator.unwrap_model(self.model)
+
+    def _reason_for_plain_path(self) -> str | None:
+        if not self.args.shared_prefix:
+            return "shared_prefix is off"
+        if self.use_liger_kernel:
+            return "the Liger kernel computes log-probabilities itself"
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return "sharded weights need the model's own forward"
+        return shareable(self._bare_model())
+
+    def _can_sample_here(self) -> bool:
+        plain = (self.top_p in (None, 1.0) and not self.top_k and self.min_p in (None, 0.0)
+                 and self.repetition_penalty in (None, 1.0) and not self.args.generation_kwargs)
+        return (plain and self.args.shared_prefix and not self.use_vllm
+                and not self.use_transformers_continuous_batching and not self._is_vlm
+                and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+                and shareable(self._bare_model()) is None)
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def _sum_over_ranks(self, x: Tensor) -> Tensor:
+        return self.accelerator.reduce(x.detach().double().reshape(1), reduction="sum")[0]
+
+    def _log(self, name: str, value: Tensor | float) -> None:
+        self._metrics[self._mode][name].append(float(value))
+
+    # -- rollout ------------------------------------------------------------------------------
+
+    def _prepare_inputs(self, generation_batch):
+        # TRL shuffles single completions before it cuts a rollout into micro-batches, which tears
+        # groups apart. Whole groups are shuffled here instead; advantages are computed before.
+        if self._mode == "eval":
+            return self._generate_and_score_completions(generation_batch)
+        every = self.args.steps_per_generation * self.num_iterations
+        if self._step % every == 0 or self._buffered_inputs is None:
+            batch = self._generate_and_score_completions(generation_batch)
+            batch = split_pixel_values_by_grid(batch)
+            if self.args.steps_per_generation > 1:
+                batch = _shuffle_groups(batch, self.num_generations,
+                                        generator(self.args.seed, "shuffle groups",
+                                                  self.state.global_step))
+            parts = split_tensor_dict(batch, self.args.steps_per_generation)
+            self._buffered_inputs = [unsplit_pixel_values_by_grid(part) for part in parts]
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    def _tokenize_prompts(self, prompts):
+        prompt_ids, images, fields = super()._tokenize_prompts(prompts)
+        limit = self._bare_model().config.get_text_config().max_position_embeddings
+        longest = max(len(ids) for ids in prompt_ids)
+        if longest + self.max_completion_length > limit:
+            raise UserError(f"a prompt of {longest} tokens and max_completion_length="
+                            f"{self.max_completion_length} exceed the model's context of {limit} "
+                            "tokens: shorten the prompts.")
+        return prompt_ids, images, fields
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations,
+                              has_tool_images=False):
+        if not self.use_sampler or images is not None or multimodal_fields:
+            return super()._generate_single_turn(prompt_ids, images, multimodal_fields,
+                                                 num_generations, has_tool_images)
+        step = self.state.global_step
+        if self._mode == "train":
+            draws = generator(self.args.seed, "rollouts", step)
+        else:
+            self._evaluation_draws += 1
+            draws = generator(self.args.seed, f"evaluation rollouts {step}",
+                              self._evaluation_draws)
+        rows, rank = len(prompt_ids), self.accelerator.process_index
+        uniforms = draws.random((rows * self.accelerator.num_processes,
+                                 self.max_completion_length))
+        with self.accelerator.autocast():
+            done = generate(self._bare_model(), prompt_ids,
+                            max_new_tokens=self.max_completion_length,
+                            eos_token_ids=self.eos_token_ids,
+                            pad_token_id=self._tokenizer.pad_token_id,
+                            temperature=self.temperature,
+                            uniforms=uniforms[rank * rows:(rank + 1) * rows])
+        return done.ids, done.log_probs
+
+    def evaluate(self, *args, **kwargs):
+        self._evaluation_draws = 0
+        return super().evaluate(*args, **kwargs)
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        self._rewards_per_func = super()._calculate_rewards(inputs, prompts, completions,
+                                                            completion_ids_list)
+        return self._rewards_per_func
+
+    def _generate_and_score_completions(self, inputs):
+        rollout = super()._generate_and_score_completions(inputs)
+        mask = _loss_mask(rollout)
+        scores, scorable = self._scores(rollout)
+        token_kl = self._token_kl(rollout, mask)
+        in_reward = self.args.kl_coef if self.args.kl_placement == "reward" else 0.0
+        advantages = self._advantages(rollout, mask, scores, scorable, in_reward * token_kl)
+        keep = scorable.float() if advantages.dim() == 1 else scorable.float().unsqueeze(1)
+        rollout["advantages"] = advantages * keep
+        count = self._sum_over_ranks(torch.tensor(float(mask.size(0))))
+        tokens = self._sum_over_ranks(mask.sum())
+        self._log("kl_to_reference/per_completion", self._sum_over_ranks(token_kl.sum()) / count)
+        self._log("kl_to_reference/per_token", self._sum_over_ranks(token_kl.sum()) / tokens)
+        self._log("advantages/absolute_mean",
+                  self._sum_over_ranks((rollout["advantages"].abs() * mask).sum()
+                                       if advantages.dim() == 2 else
+                                       (rollout["advantages"].abs() * mask.sum(1)).sum()) / tokens)
+        return rollout
+
+    def _group_size(self) -> int:
+        return self.num_generations if self._mode == "train" else self.num_generations_eval
+
+    def _scores(self, rollout) -> tuple[Tensor, Tensor]:
+        """Return this rank's weighted reward sums `(B,)` and which completions have one."""
+        weighted = self._rewards_per_func * self.reward_weights.to(self.accelerator.device)
+        unscorable = torch.isnan(weighted).all(1)
+        totals = weighted.nansum(1)
+        if unscorable.any():  # the group's mean carries no signal, zero might
+            groups = totals.masked_fill(unscorable, math.nan).view(-1, self._group_size())
+            means = groups.nanmean(1, keepdim=True).nan_to_num(0.0).expand_as(groups).reshape(-1)
+            totals = torch.where(unscorable, means, totals)
+        if not torch.isfinite(totals).all():
+            raise UserError("the weighted sum of the rewards is not finite: check the reward "
+                            f"models and reward_weights={self.reward_weights.tolist()}.")
+        rows = rollout["completion_ids"].size(0)
+        here = slice(self.accelerator.process_index * rows,
+                     (self.accelerator.process_index + 1) * rows)
+        scores = totals[here].clone()
+        if self.args.missing_eos_penalty:
+            ends = torch.tensor(self.eos_token_ids, device=scores.device)
+            ended = (torch.isin(rollout["completion_ids"], ends)
+                     & rollout["completion_mask"].bool()).any(1)
+            scores -= self.args.missing_eos_penalty * (~ended).float()
+        return scores, ~unscorable[here]
+
+    def _token_kl(self, rollout, mask) -> Tensor:
+        """Return k1 per token `(B, T)`, log policy minus log reference at rollout time."""
+        if not self.args.kl_coef:
+            return torch.zeros_like(mask)
+        log_policy = rollout.get("sampling_per_token_logps")
+        if log_policy is None:
+            log_policy = rollout.get("old_per_token_logps")
+        if log_policy is None:
+            log_policy = self._rollout_log_probs(self.model, rollout)
+        log_reference = rollout.get("ref_per_token_logps")
+        if log_reference is None:
+            bare = self._bare_model()
+            adapters_off = bare.disable_adapter() if self._reference is None else nullcontext()
+            with adapters_off:
+                log_reference = self._rollout_log_probs(self._reference or self.model, rollout)
+        return estimators.kl_estimate(log_policy, log_reference, "k1") * mask
+
+    def _rollout_log_probs(self, model, rollout) -> Tensor:
+        with torch.no_grad():
+            ids = torch.cat([rollout["prompt_ids"], rollout["completion_ids"]], 1)
+            attention = torch.cat([rollout["prompt_mask"], rollout["completion_mask"]], 1)
+            return self._get_per_token_logps_and_entropies(
+                model, ids, attention, rollout["completion_ids"].size(1),
+                batch_size=self.args.per_device_train_batch_size)[0]
+
+    def _gathered_returns(self, scores: Tensor, penalties: Tensor) -> Tensor:
+        """Return every rank's sequence rewards, the KL of the whole completion taken off."""
+        return self.accelerator.gather(scores - penalties.sum(1))
+
+    def _of_this_rank(self, gathered: Tensor, rows: int) -> Tensor:
+        start = self.accelerator.process_index * rows
+        return gathered[start:start + rows]
+
+    def _advantages(self, rollout, mask, scores, scorable, penalties) -> Tensor:
+        raise NotImplementedError("PPOTrainer and GRPOTrainer each say what their baseline is")
+
+    # -- log-probabilities and loss -----------------------------------------------------------
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep,
+                                           batch_size=None, compute_entropy=False,
+                                           compute_aux_loss=False, **multimodal):
+        special = compute_aux_loss or any(
+            value is not None for name, value in multimodal.items()
+            if name not in ("num_images", "num_tiles"))
+        if self._why_plain or special:
+            result = super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size=batch_size,
+                compute_entropy=compute_entropy, compute_aux_loss=compute_aux_loss, **multimodal)
+            self._scored = {"log_probs": result[0].detach()}
+            return result
+        bare = self.accelerator.unwrap_model(model)
+        cut = input_ids.size(1) - logits_to_keep
+        rows = batch_size or input_ids.size(0)
+        log_probs, entropies, states = [], [], []
+        for start in range(0, input_ids.size(0), rows):
+            chunk = slice(start, start + rows)
+            prompt = input_ids[chunk, :cut], attention_mask[chunk, :cut]
+            completion, mask = input_ids[chunk, cut:], attention_mask[chunk, cut:]
+            with self.accelerator.autocast():
+                state = completion_states(backbone_of(bare), *prompt, completion, mask)
+                chosen, entropy = token_log_probs(
+                    state, bare.get_output_embeddings(), completion, mask,
+                    temperature=self.temperature, entropy=compute_entropy,
+                    entropy_gradient=self._entropy_bonus_enabled)
+            log_probs.append(chosen)
+            entropies.append(entropy)
+            states.append(state)
+        result = torch.cat(log_probs)
+        self._scored = {"log_probs": result.detach(), "states": torch.cat(states)}
+        return result, torch.cat(entropies) if compute_entropy else None, None
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        bare = self.accelerator.unwrap_model(model)
+        if model is bare or self._why_plain:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # A wrapped model must be entered through its wrapper, or gradients are not synchronised.
+        return self._redirect(model, bare, self._compute_loss, bare, inputs)
+
+    def _compute_loss(self, model, inputs):
+        loss = super()._compute_loss(model, inputs)
+        if not torch.isfinite(loss):
+            raise UserError(f"the policy loss is {loss.item()} at step {self.state.global_step}: "
+                            "training stops before the weights are harmed; lower learning_rate.")
+        old = inputs.get("old_per_token_logps")
+        new = self._scored["log_probs"]
+        mask = _loss_mask(inputs)
+        log_ratio = torch.zeros_like(new) if old is None else (new - old) * mask
+        self._log("ratio/max", self.accelerator.gather(log_ratio.max().exp()).max())
+        kl = self._sum_over_ranks((log_ratio.exp() - 1 - log_ratio).sum())
+        self._log("approx_kl", kl / self._sum_over_ranks(mask.sum()))
+        return loss
+
+    def _token_mean(self, values: Tensor, inputs) -> Tensor:
+        """Return the sum over this micro-batch divided by the tokens of the whole step."""
+        tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        if self._mode == "train":
+            tokens = tokens * (self.current_gradient_accumulation_steps
+                               / self.args.steps_per_generation)
+        return values.sum() / tokens
+
+
+def _loss_mask(batch) -> Tensor:
+    mask = batch["completion_mask"]
+    return (mask * batch["tool_mask"] if "tool_mask" in batch else mask).float()
+
+
+def _shuffle_groups(batch: dict, group_size: int, draws) -> dict:
+    """Return the batch with its groups of neighbouring rows in another order."""
+    rows = batch["completion_ids"].size(0)
+    if rows % group_size:
+        return batch  # groups spread over ranks: order carries no meaning, leave it
+    groups = torch.as_tensor(draws.permutation(rows // group_size))
+    order = (groups.unsqueeze(1) * group_size + torch.arange(group_size)).reshape(-1)
+
+    def reorder(value):
+        if isinstance(value, Tensor) and value.dim() > 0 and value.size(0) == rows:
+            return value[order.to(value.device)]
+        if isinstance(value, list) and len(value) == rows:
+            return [value[i] for i in order.tolist()]
+        return value
+    return {key: reorder(value) for key, value in batch.items()}
+
+
+class GRPOTrainer(PolicyGradientTrainer):
+    """Group relative policy optimisation: the baseline is the mean of the group."""
+
+    _tag_names = ("trl", "grpo", "ueba")
+    _name = "GRPO"
+    config_class = GRPOConfig
+
+    def _advantages(self, rollout, mask, scores, scorable, penalties):
+        totals = self._gathered_returns(scores, penalties)
+        advantages = estimators.group_relative(totals, self._group_size(),
+                                               self.args.scale_rewards)
+        return self._of_this_rank(advantages, scores.numel())
+
+
+class PPOTrainer(PolicyGradientTrainer):
+    """Proximal policy optimisation: the baseline is a critic, advantages come from GAE.
+
+    `value_model` is a module called like `policies.Critic`; without one, a critic is made whose
+    backbone starts as a copy of the policy's.
+    """
+
+    _tag_names = ("trl", "ppo", "ueba")
+    _name = "PPO"
+    config_class = PPOConfig
+
+    def __init__(self, model, reward_funcs, args=None, *, value_model: nn.Module | None = None,
+                 **kwargs):
+        super().__init__(model, reward_funcs, args, **kwargs)
+        bare = self._bare_model()
+        if self.args.critic == "shared":
+            if value_model is not None:
+                raise UserError("value_model is given and critic='shared' needs none: set "
+                                "critic='separate'.")
+            if self._why_plain:
+                raise UserError("critic='shared' reads the policy's hidden states, which the plain "
+                                f"path does not hand over ({self._why_plain}): use "
+                                "critic='separate'.")
+            critic = value_head(bare.config.get_text_config().hidden_size)
+        else:
+            critic = value_model or make_critic(bare)
+            vocabulary = bare.get_input_embeddings().num_embeddings
+            found = critic.backbone.get_input_embeddings().num_embeddings
+            if found != vocabulary:
+                raise UserError(f"value_model reads a vocabulary of {found} tokens, the policy "
+                                f"one of {vocabulary}: both must share a tokenizer.")
+        self.critic = self.accelerator.prepare_model(critic.to(self.accelerator.device))
+        self._critic_gradient_norm = 0.0
+
+    @property
+    def _warming_up(self) -> bool:
+        return self.state.global_step < self.args.critic_warmup_steps
+
+    def _values(self, batch, mask, states: Tensor | None = None) -> Tensor:
+        if self.args.critic == "shared":
+            return values_of(self.critic, states) * mask
+        with self.accelerator.autocast():
+            values = self.critic(batch["prompt_ids"], batch["prompt_mask"],
+                                 batch["completion_ids"], batch["completion_mask"],
+                                 shared_prefix=self._why_plain is None)
+        return values.float() * mask
+
+    def _rollout_values(self, rollout, mask) -> Tensor:
+        states = None
+        if self.args.critic == "shared":
+            self._rollout_log_probs(self.model, rollout)
+            states = self._scored["states"]
+        with torch.no_grad():
+            return self._values(rollout, mask, states)
+
+    def _advantages(self, rollout, mask, scores, scorable, penalties):
+        values = self._rollout_values(rollout, mask)
+        rewards = estimators.terminal_rewards(scores, mask) - penalties
+        args = self.args
+        advantages, returns = estimators.gae(rewards, values, mask, args.gamma, args.lam)
+        if args.critic_lam != args.lam:
+            returns = estimators.gae(rewards, values, mask, args.gamma, args.critic_lam)[1]
+        rollout["values"], rollout["returns"] = values, returns
+        rollout["value_mask"] = mask * scorable.float().unsqueeze(1)
+        self._log_critic(values, returns, rollout["value_mask"])
+        if args.scale_rewards == "whiten":
+            return self._whiten(advantages, mask)
+        totals = self._gathered_returns(scores, penalties)
+        scale = estimators.reward_scale(totals, self._group_size(), args.scale_rewards)
+        return advantages / self._of_this_rank(scale, scores.numel()).unsqueeze(1)
+
+    def _whiten(self, advantages: Tensor, mask: Tensor) -> Tensor:
+        """`estimators.whiten` over all ranks."""
+        count = self._sum_over_ranks(mask.sum())
+        mean = self._sum_over_ranks((advantages * mask).sum()) / count
+        variance = self._sum_over_ranks(((advantages - mean) ** 2 * mask).sum()) / (count - 1)
+        return ((advantages - mean) * torch.rsqrt(variance + 1e-8) * mask).to(advantages.dtype)
+
+    def _log_critic(self, values, returns, mask) -> None:
+        width = torch.tensor([values.size(1)], device=values.device)
+        width = int(self.accelerator.gather(width).max())
+        gathered = [self.accelerator.gather(nn.functional.pad(x, (0, width - x.size(1))))
+                    for x in (values, returns, mask)]
+        values, returns, mask = gathered
+        inside = mask.bool()
+        self._log("critic/explained_variance", estimators.explained_variance(*gathered))
+        self._log("critic/value_mean", values[inside].mean())
+        self._log("critic/return_mean", returns[inside].mean())
+
+    def _compute_loss(self, model, inputs):
+        warming_up = self._mode == "train" and self._warming_up
+        shared = self.args.critic == "shared"
+        frozen = warming_up and not shared
+        with torch.no_grad() if frozen else nullcontext():
+            policy_loss = super()._compute_loss(model, inputs)
+        mask = inputs["value_mask"]
+        states = self._scored["states"] if shared else None
+        if warming_up and shared:
+            states, policy_loss = states.detach(), policy_loss.detach()
+        values = self._values(inputs, mask, states)
+        error = (values - inputs["returns"]) ** 2
+        clipped = torch.zeros_like(error)
+        if self.args.value_clip is not None:
+            near = inputs["values"] + (values - inputs["values"]).clamp(
+                -self.args.value_clip, self.args.value_clip)
+            error_near = (near - inputs["returns"]) ** 2
+            clipped = (error_near > error).float()
+            error = torch.maximum(error, error_near)
+        value_loss = 0.5 * self._token_mean(error * mask, inputs)
+        if not torch.isfinite(value_loss):
+            raise UserError(f"the value loss is {value_loss.item()} at step "
+                            f"{self.state.global_step}: lower critic_learning_rate.")
+        tokens = self._sum_over_ranks(mask.sum()).clamp(min=1)
+        self._log("critic/value_loss", 0.5 * self._sum_over_ranks((error * mask).sum()) / tokens)
+        self._log("critic/clip_ratio", self._sum_over_ranks((clipped * mask).sum()) / tokens)
+        self._log("critic/warming_up", float(warming_up))
+        return (0.0 if frozen else policy_loss) + self.args.vf_coef * value_loss
+
+    # -- the critic's optimiser group, gradients and checkpoints --------------------------------
+
+    def create_optimizer(self, *args, **kwargs):
+        missing = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if missing:
+            optimizer.add_param_group({
+                "params": [p for p in self.critic.parameters() if p.requires_grad],
+                "lr": self.args.critic_learning_rate, "weight_decay": 0.0})
+        return optimizer
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self._step % self.current_gradient_accumulation_steps == 0:
+            # Trainer zeroes `model`, which the critic is no part of.
+            self.critic.zero_grad(set_to_none=True)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _clip_grad_norm(self, model):
+        norm = self.accelerator.clip_grad_norm_(self.critic.parameters(),
+                                                self.args.max_grad_norm)
+        self._log("critic/grad_norm", norm)
+        return super()._clip_grad_norm(model)
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            folder = Path(self._get_output_dir(trial=trial)) / name
+            save_critic(self.accelerator.unwrap_model(self.critic), folder)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            load_critic(self.accelerator.unwrap_model(self.critic), checkpoint)
+
+
+def save_critic(critic: nn.Module, folder: Path | str) -> None:
+    """Write the critic's weights into a checkpoint folder, as safetensors."""
+    state = {name: tensor.detach().contiguous().cpu()
+             for name, tensor in critic.state_dict().items()}
+    with atomic_path(Path(folder) / CRITIC_FILE) as temporary:
+        save_file(state, temporary)
+
+
+def load_critic(critic: nn.Module, folder: Path | str) -> None:
+    """Read the critic's weights from a checkpoint folder."""
+    path = Path(folder) / CRITIC_FILE
+    if not path.exists():
+        raise UserError(f"{path} is missing: the checkpoint has no critic to resume with.")
+    critic.load_state_dict(load_file(path))
