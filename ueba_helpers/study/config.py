@@ -1,0 +1,262 @@
+"""The experimental design as one table of profiles.
+
+In: a profile's name. Out: a frozen `Profile` that composes every setting of the study, from the
+size of the simulated organisation to the two trainers. Refuses unknown names, impossible values,
+and PPO and GRPO settings whose controlled variables differ. Free of torch; `check_device` alone
+imports it, and only for profiles that need a GPU.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+
+from ueba_helpers.errors import UserError
+from ueba_helpers.rl.settings import (
+    GRPOSettings,
+    PolicySettings,
+    PPOSettings,
+    RLSettings,
+    SFTSettings,
+)
+
+
+def _require(condition: bool, name: str, value: object, legal: str) -> None:
+    if not condition:
+        raise UserError(f"{name}={value!r} is not possible: legal values are {legal}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulateSettings:
+    """How large the simulated organisation is, and how hard it is to read.
+
+    `insiders` counts the people of scenarios 1, 2 and 3. `web_rate` scales the web log, which is
+    nine tenths of all rows. `hardness` is the share of innocent days that look like an incident.
+    """
+
+    users: int = 400
+    days: int = 150
+    insiders: tuple[int, int, int] = (24, 24, 12)
+    web_rate: float = 1.0
+    hardness: float = 0.3
+    label_noise: float = 0.0
+
+    def __post_init__(self):
+        _require(len(self.insiders) == 3 and min(self.insiders) >= 0, "insiders", self.insiders,
+                 "three counts of 0 and more (scenarios 1, 2, 3)")
+        _require(self.users >= 20 and self.users >= 2 * sum(self.insiders), "users", self.users,
+                 f"20 and more, and at least twice the insiders ({2 * sum(self.insiders)})")
+        _require(self.days >= 60, "days", self.days,
+                 "60 and more (40 days of history come before the first label)")
+        _require(self.web_rate > 0, "web_rate", self.web_rate, "above 0")
+        _require(0 <= self.hardness <= 1, "hardness", self.hardness, "0 to 1")
+        _require(0 <= self.label_noise <= 1, "label_noise", self.label_noise, "0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowSettings:
+    """How account-days are described: days of own past, and how rare a deviation has to be."""
+
+    deviation_share: float = 0.03
+    history_days: int = 30
+    min_history: int = 10
+
+    def __post_init__(self):
+        _require(0 < self.deviation_share < 1, "deviation_share", self.deviation_share,
+                 "between 0 and 1")
+        _require(self.history_days >= 1, "history_days", self.history_days, "1 and more")
+        _require(1 <= self.min_history <= self.history_days, "min_history", self.min_history,
+                 f"1 to history_days ({self.history_days})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """What the metrics are computed on: the same windows for every detector.
+
+    `headline_per_class` windows of each risk level make the balanced sample, `n_benign` benign
+    days the natural one; the `dev_` pair says the same for the dev split. `bootstrap` counts the
+    resamples of users behind each interval; `alert_budgets` are alerts per 1,000 account-days.
+    """
+
+    headline_per_class: int = 120
+    n_benign: int = 600
+    dev_per_class: int = 60
+    dev_benign: int = 300
+    base_rate: float = 0.0029
+    bootstrap: int = 1000
+    alert_budgets: tuple[float, ...] = (1.0, 5.0, 20.0)
+    batch_size: int = 64
+
+    def __post_init__(self):
+        for name in ("headline_per_class", "n_benign", "dev_per_class", "dev_benign",
+                     "bootstrap", "batch_size"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "1 and more")
+        _require(0 < self.base_rate < 1, "base_rate", self.base_rate, "between 0 and 1")
+        _require(bool(self.alert_budgets) and min(self.alert_budgets) > 0, "alert_budgets",
+                 self.alert_budgets, "numbers above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """One way to run the whole study.
+
+    `sft` is the cold start that RL begins from; `sft_all` is its rival, SFT on all labels with
+    compute equal to RL's. `minutes` says how long each stage is expected to take before a first
+    run has measured it; a stage is stopped at `limit_seconds`.
+    """
+
+    name: str
+    about: str
+    simulate: SimulateSettings
+    windows: WindowSettings = WindowSettings()
+    evaluation: EvaluationSettings
+    policy: PolicySettings
+    sft: SFTSettings
+    sft_all: SFTSettings
+    ppo: PPOSettings
+    grpo: GRPOSettings
+    max_items: int = 14
+    memory_limit: str = "1GB"
+    minutes: Mapping[str, float] = field(hash=False)
+    least_limit_minutes: float = 10.0
+
+    def __post_init__(self):
+        _require(self.max_items >= 1, "max_items", self.max_items, "1 and more")
+        for name in RLSettings.controlled():
+            ppo, grpo = getattr(self.ppo, name), getattr(self.grpo, name)
+            if ppo != grpo:
+                raise UserError(f"Profile {self.name}: {name} is a controlled variable, but PPO "
+                                f"has {ppo!r} and GRPO {grpo!r}. Give both the same value.")
+
+    @property
+    def needs_gpu(self) -> bool:
+        """Whether the policy can only be trained on a CUDA device."""
+        return self.policy.backend == "unsloth" or self.policy.dtype == "bfloat16"
+
+    @property
+    def needs_hub(self) -> bool:
+        """Whether the policy is a model of the Hugging Face hub, so that the hub may be asked."""
+        return self.policy.name.count("/") == 1 and not self.policy.name.startswith((".", "/"))
+
+    def expected_seconds(self, stage: str) -> float:
+        """Return the time one stage is expected to take, in seconds."""
+        return 60.0 * self.minutes.get(stage, self.minutes["other"])
+
+    def limit_seconds(self, stage: str) -> float:
+        """Return when one stage is stopped: four times what is expected, in seconds."""
+        return max(4 * self.expected_seconds(stage), 60.0 * self.least_limit_minutes)
+
+    def as_dict(self) -> dict:
+        """Return the settings as plain values, ready for JSON."""
+        return asdict(self)
+
+
+def _rl(**controlled) -> dict:
+    """Return both trainers with the same controlled variables."""
+    warmup = controlled.pop("critic_warmup_steps")
+    return {"ppo": PPOSettings(**controlled, critic_warmup_steps=warmup),
+            "grpo": GRPOSettings(**controlled)}
+
+
+# The cold starts are held back by their labels: of a suspicious or malicious day, `downgrade` of
+# the demonstrations say one level less, as an analyst who under-reports would.
+_PROFILES = (
+    Profile(
+        name="smoke", about="every notebook in a few minutes: checks that all runs, proves nothing",
+        simulate=SimulateSettings(users=40, days=60, insiders=(4, 4, 2), web_rate=0.2),
+        evaluation=EvaluationSettings(headline_per_class=12, n_benign=40, dev_per_class=8,
+                                      dev_benign=24, bootstrap=100),
+        policy=PolicySettings(vocab_size=1024, hidden_size=64, layers=2),
+        sft=SFTSettings(examples=192, epochs=2, batch_size=16, downgrade=0.3),
+        sft_all=SFTSettings(examples=256, epochs=2, batch_size=16),
+        **_rl(steps=4, prompts_per_step=4, num_generations=4, micro_batch_prompts=4, save_steps=2,
+              critic_warmup_steps=1),
+        minutes={"data": 0.3, "04_sft_and_model_selection": 0.5, "05_ppo_training": 0.5,
+                 "06_grpo_training": 0.5, "07_comparison": 0.4, "other": 0.25},
+        least_limit_minutes=5.0,
+    ),
+    Profile(
+        name="laptop", about="the default: two CPU cores, offline, a tiny policy made on the spot",
+        simulate=SimulateSettings(),
+        evaluation=EvaluationSettings(),
+        policy=PolicySettings(),
+        sft=SFTSettings(examples=2000, epochs=3, downgrade=0.3),
+        sft_all=SFTSettings(examples=4000, epochs=3),
+        **_rl(steps=120, critic_warmup_steps=10),
+        minutes={"data": 2.5, "00_start_here": 1.0, "04_sft_and_model_selection": 5.0,
+                 "05_ppo_training": 6.0, "06_grpo_training": 4.5, "07_comparison": 2.0,
+                 "other": 0.7},
+    ),
+    Profile(
+        name="gpu", about="Qwen3 4B with LoRA on one CUDA device, through Unsloth",
+        simulate=SimulateSettings(users=1000, days=300, insiders=(30, 30, 10)),
+        evaluation=EvaluationSettings(headline_per_class=200, n_benign=1500, dev_per_class=100,
+                                      dev_benign=600, batch_size=128),
+        policy=PolicySettings(name="Qwen/Qwen3-4B-Instruct-2507", backend="unsloth",
+                              max_prompt_tokens=1024, max_completion_tokens=192, lora_rank=32,
+                              dtype="bfloat16"),
+        sft=SFTSettings(examples=500, epochs=1, batch_size=16, learning_rate=1e-4, downgrade=0.3),
+        sft_all=SFTSettings(examples=4000, epochs=1, batch_size=16, learning_rate=1e-4),
+        **_rl(steps=200, prompts_per_step=16, num_generations=8, micro_batch_prompts=4,
+              learning_rate=1e-5, save_steps=25, critic_warmup_steps=10),
+        max_items=24, memory_limit="4GB",
+        minutes={"data": 15.0, "04_sft_and_model_selection": 60.0, "05_ppo_training": 240.0,
+                 "06_grpo_training": 180.0, "07_comparison": 45.0, "other": 20.0},
+        least_limit_minutes=60.0,
+    ),
+    Profile(
+        name="gpu-large", about="the same with more prompts, completions and steps, for 80 GB",
+        simulate=SimulateSettings(users=1000, days=501, insiders=(30, 30, 10)),
+        evaluation=EvaluationSettings(headline_per_class=250, n_benign=3000, dev_per_class=120,
+                                      dev_benign=1000, batch_size=256),
+        policy=PolicySettings(name="Qwen/Qwen3-4B-Instruct-2507", backend="unsloth",
+                              max_prompt_tokens=1536, max_completion_tokens=256, lora_rank=64,
+                              dtype="bfloat16"),
+        sft=SFTSettings(examples=1000, epochs=1, batch_size=32, learning_rate=1e-4,
+                        downgrade=0.3),
+        sft_all=SFTSettings(examples=12000, epochs=1, batch_size=32, learning_rate=1e-4),
+        **_rl(steps=500, prompts_per_step=32, num_generations=16, micro_batch_prompts=4,
+              learning_rate=1e-5, save_steps=25, critic_warmup_steps=20),
+        max_items=24, memory_limit="8GB",
+        minutes={"data": 30.0, "04_sft_and_model_selection": 120.0, "05_ppo_training": 900.0,
+                 "06_grpo_training": 700.0, "07_comparison": 90.0, "other": 30.0},
+        least_limit_minutes=120.0,
+    ),
+)
+
+PROFILES: Mapping[str, Profile] = {entry.name: entry for entry in _PROFILES}
+
+
+def profile(name: str) -> Profile:
+    """Return the profile of that name; `UserError` lists the legal names.
+
+    >>> profile("laptop").grpo.num_generations
+    8
+    """
+    if name not in PROFILES:
+        raise UserError(f"Unknown profile {name!r}. Legal profiles: {', '.join(PROFILES)}.")
+    return PROFILES[name]
+
+
+def check_device(chosen: Profile) -> None:
+    """Raise `UserError` with everything that this machine lacks to train the profile's policy.
+
+    Returns silently for a profile that runs on a CPU, without importing torch.
+    """
+    if not chosen.needs_gpu:
+        return
+    missing = []
+    if importlib.util.find_spec("torch") is None:
+        missing.append("PyTorch (package torch)")
+    elif not importlib.import_module("torch").cuda.is_available():
+        missing.append("a CUDA device that PyTorch can see (`nvidia-smi` lists the cards; "
+                       "a CPU build of torch sees none)")
+    if chosen.policy.backend == "unsloth":
+        missing.extend(f"the package {name} (pip install -r requirements-gpu.txt)"
+                       for name in ("unsloth", "bitsandbytes")
+                       if importlib.util.find_spec(name) is None)
+    if missing:
+        lines = "".join(f"\n  - {item}" for item in missing)
+        raise UserError(f"Profile {chosen.name} trains {chosen.policy.name} on a GPU. "
+                        f"This machine lacks:{lines}\n"
+                        "Choose --profile laptop to run the study on a CPU.")
