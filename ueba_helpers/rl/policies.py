@@ -146,7 +146,7 @@ def _load_unsloth(checkpoint: Path | str, settings: PolicySettings) -> PreTraine
         raise UserError("backend='unsloth' needs a CUDA device and none is visible: use profile "
                         "'laptop', or backend='transformers'.")
     # TRL's classes are imported first: Unsloth replaces those imported after it.
-    from trl import GRPOTrainer  # noqa: I001
+    from trl import GRPOTrainer
     from unsloth import FastLanguageModel
 
     if GRPOTrainer.__module__ != "trl.trainer.grpo_trainer":

@@ -96,10 +96,7 @@ def _decode(model, prompt_ids, prompt_mask, max_new_tokens, eos_ids, temperature
     for step in range(max_new_tokens):
         logits = head(states[:, -1]).float()
         scaled = (logits if draws is None else logits / temperature).log_softmax(-1)
-        if draws is None:
-            tokens = scaled.argmax(-1)
-        else:
-            tokens = _invert(scaled.exp(), draws[rows, step])
+        tokens = scaled.argmax(-1) if draws is None else _invert(scaled.exp(), draws[rows, step])
         chosen = scaled.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
         for row, token, value in zip(rows.tolist(), tokens.tolist(), chosen.tolist(),
                                      strict=True):

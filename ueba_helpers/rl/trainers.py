@@ -36,13 +36,14 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import (
+    RepeatSampler,
     split_pixel_values_by_grid,
     split_tensor_dict,
     unsplit_pixel_values_by_grid,
 )
 
 from ueba_helpers.data.files import atomic_path
-from ueba_helpers.data.seeding import generator
+from ueba_helpers.data.seeding import derived_seed, generator
 from ueba_helpers.errors import UserError
 from ueba_helpers.rl import advantages as estimators
 from ueba_helpers.rl.policies import make_critic, value_head, values_of
@@ -76,6 +77,7 @@ class PolicyGradientConfig(trl.GRPOConfig):
     gradient_checkpointing: bool = field(default=False, metadata={"help": "See Transformers."})
     logging_steps: float = field(default=1, metadata={"help": "Optimiser steps per log line."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "See Transformers."})
+    dataloader_pin_memory: bool = field(default=False, metadata={"help": "See Transformers."})
     report_to: str = field(default="none", metadata={"help": "See Transformers."})
 
     _scales = ("none", "group", "batch")
@@ -209,6 +211,7 @@ class PolicyGradientTrainer(trl.GRPOTrainer):
         wanted_beta, args.beta = args.beta, 0.0
         super().__init__(model=model, reward_funcs=funcs, args=args, **kwargs)
         self.args.beta = self.beta = wanted_beta
+        self.scale_rewards = "none"  # of TRL's own advantages, which _advantages replaces
         self.use_sampler = self._can_sample_here()
         self._why_plain = self._reason_for_plain_path()
         if self._why_plain:
@@ -254,6 +257,17 @@ class PolicyGradientTrainer(trl.GRPOTrainer):
 
     def _log(self, name: str, value: Tensor | float) -> None:
         self._metrics[self._mode][name].append(float(value))
+
+    def _get_train_sampler(self, dataset=None):
+        dataset = self.train_dataset if dataset is None else dataset
+        per_step = self.args.generation_batch_size // self.num_generations
+        if len(dataset) < per_step:
+            raise UserError(f"train_dataset has {len(dataset)} prompts and one rollout takes "
+                            f"{per_step}: give more prompts or a smaller batch.")
+        return _AddressedRepeatSampler(
+            self, data_source=dataset, mini_repeat_count=self.num_generations,
+            batch_size=per_step, repeat_count=self.num_iterations * self.args.steps_per_generation,
+            shuffle=self.shuffle_dataset, seed=self.args.seed)
 
     # -- rollout ------------------------------------------------------------------------------
 
@@ -461,6 +475,25 @@ class PolicyGradientTrainer(trl.GRPOTrainer):
             tokens = tokens * (self.current_gradient_accumulation_steps
                                / self.args.steps_per_generation)
         return values.sum() / tokens
+
+
+class _AddressedRepeatSampler(RepeatSampler):
+    """TRL's sampler with the order of an epoch derived from (seed, epoch).
+
+    TRL's own draws each epoch from one running generator, so that a run resumed after its first
+    epoch would see other prompts.
+    """
+
+    def __init__(self, trainer: "PolicyGradientTrainer", **kwargs):
+        super().__init__(**kwargs)
+        self._trainer = trainer
+
+    def __iter__(self):
+        if self.shuffle:
+            batches = len(self) // (self.batch_size * self.mini_repeat_count)
+            seen = self._trainer.state.global_step * self._trainer.args.gradient_accumulation_steps
+            self.generator.manual_seed(derived_seed(self.seed, "prompt order", seen // batches))
+        return super().__iter__()
 
 
 def _loss_mask(batch) -> Tensor:

@@ -1,0 +1,133 @@
+"""The shared prefix gives the log-probabilities and gradients of the plain forward."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from tests.tiny import policy
+
+from ueba_helpers.rl.policies import Critic, lora_config
+from ueba_helpers.rl.prefix import (
+    backbone_of,
+    completion_states,
+    group_prompts,
+    plain_states,
+    shareable,
+    token_log_probs,
+)
+from ueba_helpers.rl.rollouts import pad_left, pad_right
+from ueba_helpers.rl.settings import PolicySettings
+
+
+def ragged_batch(groups=3, size=4, vocabulary=250, seed=0):
+    """Return left-padded prompts repeated `size` times and right-padded ragged completions."""
+    draws = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(3, 20, (groups,), generator=draws)
+    prompts = [torch.randint(3, vocabulary, (int(n),), generator=draws).tolist() for n in lengths]
+    rows = [p for p in prompts for _ in range(size)]
+    lengths = torch.randint(1, 9, (len(rows),), generator=draws)
+    completions = [torch.randint(3, vocabulary, (int(n),), generator=draws).tolist()
+                   for n in lengths]
+    return *pad_left(rows, 0), *pad_right(completions, 0)
+
+
+def loss_and_gradient(model, states_of, batch, weights):
+    model.zero_grad()
+    states = states_of(backbone_of(model), *batch)
+    log_probs, _ = token_log_probs(states, model.get_output_embeddings(), batch[2], batch[3])
+    (log_probs * weights).sum().backward()
+    gradient = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten()
+                          for p in model.parameters()])
+    return log_probs.detach(), gradient
+
+
+def relative(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("groups, size", [(3, 4), (5, 1), (1, 6)])
+@pytest.mark.parametrize("lora", [False, True])
+def test_log_probs_and_gradients_equal_the_plain_forward(groups, size, lora):
+    model, _ = policy()
+    if lora:
+        model = get_peft_model(model, lora_config(PolicySettings(lora_rank=4)))
+        for name, p in model.named_parameters():
+            if "lora_B" in name:  # zero at the start, which would hide an adapter left out
+                torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(1))
+    batch = ragged_batch(groups, size)
+    weights = torch.randn(batch[2].shape, generator=torch.Generator().manual_seed(2))
+    plain, plain_gradient = loss_and_gradient(model, plain_states, batch, weights)
+    shared, shared_gradient = loss_and_gradient(model, completion_states, batch, weights)
+    assert (plain - shared).abs().max() < 1e-5
+    assert relative(shared_gradient, plain_gradient) < 1e-5
+
+
+@pytest.mark.parametrize("flaw", ["mask dropped", "positions shifted", "gradient cut"])
+def test_the_comparison_rejects_broken_prefixes(flaw):
+    model, _ = policy()
+    batch = ragged_batch()
+    weights = torch.randn(batch[2].shape, generator=torch.Generator().manual_seed(2))
+
+    def broken(backbone, prompt_ids, prompt_mask, completion_ids, completion_mask):
+        if flaw == "mask dropped":
+            prompt_mask = torch.ones_like(prompt_mask)
+        if flaw == "gradient cut":
+            with torch.no_grad():
+                states = completion_states(backbone, prompt_ids, prompt_mask, completion_ids,
+                                           completion_mask)
+            return states.requires_grad_()
+        if flaw == "positions shifted":
+            completion_ids = completion_ids.roll(1, 1)
+        return completion_states(backbone, prompt_ids, prompt_mask, completion_ids,
+                                 completion_mask)
+
+    plain, plain_gradient = loss_and_gradient(model, plain_states, batch, weights)
+    other, other_gradient = loss_and_gradient(model, broken, batch, weights)
+    assert ((plain - other).abs().max() > 1e-4
+            or relative(other_gradient, plain_gradient) > 1e-3)
+
+
+def test_padding_width_changes_nothing():
+    model, _ = policy()
+    prompt_ids, prompt_mask, ids, mask = ragged_batch()
+    pad = torch.nn.functional.pad
+    wide = (pad(prompt_ids, (5, 0)), pad(prompt_mask, (5, 0)), pad(ids, (0, 3)), pad(mask, (0, 3)))
+    narrow = completion_states(backbone_of(model), prompt_ids, prompt_mask, ids, mask)
+    padded = completion_states(backbone_of(model), *wide)[:, : ids.size(1)]
+    inside = mask.bool()
+    assert (narrow[inside] - padded[inside]).abs().max() < 1e-5
+
+
+def test_the_critic_values_are_those_of_the_plain_forward():
+    model, _ = policy()
+    critic = Critic(backbone_of(model))
+    torch.nn.init.normal_(critic.head.weight, generator=torch.Generator().manual_seed(0))
+    batch = ragged_batch()
+    shared, plain = critic(*batch), critic(*batch, shared_prefix=False)
+    assert ((shared - plain) * batch[3]).abs().max() < 1e-5
+
+
+def test_each_distinct_prompt_is_run_once():
+    prompt_ids, prompt_mask, _, _ = ragged_batch(groups=3, size=4)
+    groups = group_prompts(prompt_ids, prompt_mask)
+    assert groups.ids.size(0) == 3
+    assert groups.index.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+
+
+def test_gradient_checkpointing_takes_the_plain_path():
+    model, _ = policy()
+    assert shareable(model) is None
+    model.gradient_checkpointing_enable()
+    model.train()
+    assert "checkpointing" in shareable(model)
+
+
+def test_entropy_of_a_uniform_distribution_is_the_log_of_the_vocabulary():
+    head = torch.nn.Linear(4, 10, bias=False)
+    torch.nn.init.zeros_(head.weight)
+    ids, mask = torch.tensor([[1, 2, 0]]), torch.tensor([[1, 1, 0]])
+    log_probs, entropy = token_log_probs(torch.randn(1, 3, 4), head, ids, mask, entropy=True)
+    expected = torch.log(torch.tensor(10.0))
+    assert torch.allclose(entropy, torch.tensor([[expected, expected, 0.0]]), atol=1e-6)
+    assert torch.allclose(log_probs, torch.tensor([[-expected, -expected, 0.0]]), atol=1e-6)
+
+
