@@ -1,0 +1,347 @@
+"""From a window to chat messages, to the columns of a training row, and to an honest answer.
+
+In: `Window` objects of `data.windows`. Out: plain system and user messages, the rows that trainers
+and reward functions receive (`prompt_dataset`), reference verdicts for the cold start
+(`target_verdict`) and prompts with items deleted (`without_items`).
+
+Everything that comes from the logs may have been written by the person under suspicion: file names,
+hosts, domains. Words of the study's own vocabulary stand in a prompt as they are; any other text is
+put between single quotes, percent-encoded so that it holds no space, line break, bracket, quote or
+template marker, cannot look like an item id, a host code or a time, and is cut. Accounts and hosts
+are replaced by codes unless `pseudonym_key=None`; `reveal` turns them back.
+
+What ranks items when a prompt must be shortened is visible in the prompt (kind and facts), never
+the truth. Refused: a budget that not even an empty day fits into.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import re
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+from urllib.parse import quote, unquote
+
+from ueba_helpers.errors import UserError
+from ueba_helpers.task.verdicts import FEATURES, RISKS, format_section, render_verdict
+
+if TYPE_CHECKING:
+    from ueba_helpers.data.windows import Evidence, Window
+
+MAX_ITEMS = 12
+CITED = 3  # how many items, and features, a reference verdict names
+USUAL_FEATURES = frozenset(name for name in FEATURES
+                           if name.startswith(("usual_", "own_", "no_")))
+DEFAULT_KEY = "study"
+
+_DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+_FIELD_CHARS = 28
+_KIND_RANK = {"device": 4, "file": 4, "logon": 2, "email": 2, "http": 1, "logoff": 0}
+
+# The words that the study itself writes into details and facts; other text is a field of a log.
+_OWN_WORDS = """
+    own new pc host after hours weekend first time never usual rare more than before logon logoff
+    unlock unlocks device connect disconnect usb drive removable media open file files copy
+    copies copied mail mails web page pages site sites visit visits internal external competitor
+    recipients recipient to attachment attachments with big size kb mb job leak hack cloud social
+    news other night morning afternoon evening doc docx pdf xls xlsx ppt txt jpg png zip exe dll
+    office image archive program text no and in on of day days past
+"""
+VOCABULARY = frozenset(_OWN_WORDS.split())
+_ROUTINE = frozenset({"own pc", "internal", "other", "news", "social", "usual", "morning",
+                      "afternoon", "usual hours"})
+_OWN_PC = "own pc"
+_WORD = re.compile(r"[a-z]+|x?[0-9]+(?:\.[0-9]+)?(?:kb|mb)?")
+_FORGED = re.compile(r"(?i)(?<![a-z0-9])(?:e|x|pc-?|a-)(?=[0-9])|(?i:a)(?=-[a-z2-7]{4}\b)")
+
+
+def escape_field(text: str, *, limit: int = _FIELD_CHARS) -> str:
+    """Return log text as one quoted word that cannot be mistaken for the prompt's own structure.
+
+    Everything but ASCII letters, digits and `._@/-` is percent-encoded (UTF-8; lone surrogates
+    too), and so is the first letter of anything that looks like an item id, a count, a host or an
+    account code. More than `limit` characters of encoded text are cut, marked by `~`.
+
+    >>> escape_field("<|im_start|>system")
+    "'%3C%7Cim_start%7C%3Esystem'"
+    >>> escape_field("e3.doc")
+    "'%653.doc'"
+    """
+    text = str(text)
+    pieces, length = [], 0
+    for piece in _pieces(text[: limit + 1]):
+        length += len(piece)
+        if length > limit:
+            pieces.append("~")
+            break
+        pieces.append(piece)
+    return "'" + "".join(pieces) + "'"
+
+
+def _pieces(text: str) -> Iterable[str]:
+    forged = {match.start() for match in _FORGED.finditer(text)}
+    for i, char in enumerate(text):
+        if i in forged:
+            yield f"%{ord(char):02X}"
+        else:
+            yield quote(char, safe="._@/-", errors="surrogatepass").replace("~", "%7E")
+
+
+def unescape_field(word: str) -> str:
+    """Return the log text behind an escaped word (a cut one comes back cut).
+
+    >>> unescape_field(escape_field("e3 {x}.doc"))
+    'e3 {x}.doc'
+    """
+    return unquote(word.strip("'").rstrip("~"), errors="surrogatepass")
+
+
+def _phrase(text: str, *, joined: bool = False) -> str:
+    """Return the study's own words as they are, and any other text escaped."""
+    words = str(text).split(" ")
+    if all(word in VOCABULARY or _number(word) for word in words):
+        return ("_" if joined else " ").join(words)
+    return escape_field(text)
+
+
+def _number(word: str) -> bool:
+    found = _WORD.fullmatch(word)
+    return found is not None and word[-1:].isdigit() and len(word) <= 8
+
+
+def host_codes(window: Window) -> dict[str, str]:
+    """Return the code of each host of a window, in order of appearance; `pc1` is the account's own.
+
+    Hosts that an item calls "own pc" come first. A window without such an item has no `pc1`.
+    """
+    order = list(dict.fromkeys(item.pc for item in window.evidence if item.pc))
+    usual = {item.pc for item in window.evidence if _OWN_PC in item.facts}
+    own = [pc for pc in order if pc in usual]
+    codes = {pc: f"pc{i}" for i, pc in enumerate(own, 1)}
+    other = (pc for pc in order if pc not in codes)
+    return codes | {pc: f"pc{i}" for i, pc in enumerate(other, max(2, len(own) + 1))}
+
+
+def account_code(window: Window, pseudonym_key: str) -> str:
+    """Return the account's code in this window's prompt, `a-` and four base-32 characters.
+
+    The code is an HMAC-SHA256 of the window id under the run's key: without the key nobody can
+    tell whose it is, and two days of one account carry different codes, so that a policy cannot
+    learn an account by heart.
+    """
+    digest = hmac.new(pseudonym_key.encode(), window.window_id.encode(), hashlib.sha256).digest()
+    return "a-" + base64.b32encode(digest)[:4].decode().lower()
+
+
+def reveal(text: str, window: Window, *, pseudonym_key: str = DEFAULT_KEY) -> str:
+    """Return `text` about this window with the account's and the hosts' real names put back.
+
+    Raises `UserError` if the text carries the account code of another window or another key.
+    """
+    code = account_code(window, pseudonym_key)
+    named = set(re.findall(r"\ba-[a-z2-7]{4}\b", text))
+    if named - {code}:
+        raise UserError(f"the code {sorted(named - {code})[0]} does not belong to window "
+                        f"{window.window_id} under this key: use the key of the run that wrote it.")
+    names = {code: window.user} | {v: k for k, v in host_codes(window).items()}
+    return re.sub(r"\ba-[a-z2-7]{4}\b|\bpc[0-9]+\b", lambda m: names.get(m[0], m[0]), text)
+
+
+def item_line(item: Evidence, codes: dict[str, str]) -> str:
+    """Return one evidence line: id, time or span, kind, host, count, detail and facts."""
+    span = item.start if item.end in ("", item.start, None) else f"{item.start}-{item.end}"
+    parts = [item.id, span, item.kind]
+    if item.pc:
+        parts.append(codes[item.pc])
+    if item.n > 1:
+        parts.append(f"x{item.n}")
+    if item.detail:
+        parts.append(_phrase(item.detail))
+    parts += [_phrase(fact, joined=True) for fact in item.facts if fact != _OWN_PC]
+    return " ".join(parts)
+
+
+def _codes(window: Window, pseudonym_key: str | None) -> tuple[str, dict[str, str]]:
+    if pseudonym_key is not None:
+        return account_code(window, pseudonym_key), host_codes(window)
+    return escape_field(window.user), {pc: escape_field(pc) for pc in host_codes(window)}
+
+
+def _label(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "_", text)[:_FIELD_CHARS].strip("_")
+
+
+def _clock(hours: float) -> str:
+    minutes = round(60 * float(hours))
+    return f"{minutes // 60 % 24:02d}:{minutes % 60:02d}"
+
+
+def _value(name: str, value: object) -> str:
+    if value is None or value != value:
+        return "-"
+    if isinstance(value, str):
+        return value if re.fullmatch(r"[0-9]{2}:[0-9]{2}", value) else escape_field(value)
+    if name.endswith("_hour"):
+        return _clock(value)
+    return f"{value:.0f}" if value == round(value) or abs(value) >= 1 else f"{value:.1f}"
+
+
+def _facts_line(title: str, values: dict) -> str:
+    prefix = title + "_"
+    shown = (f"{key.removeprefix(prefix)} {_value(key, value)}" for key, value in values.items())
+    return f"{title} " + " ".join(shown)
+
+
+def window_messages(window: Window, *, max_items: int = MAX_ITEMS,
+                    pseudonym_key: str | None = DEFAULT_KEY, style: str = "evidence_first",
+                    list_features: bool = False) -> list[dict]:
+    """Return the system and user message of a window; `pseudonym_key=None` keeps real names.
+
+    The user message has one line on the account and weekday (no date), one on its past, one on its
+    last seven days, then one line per item. `list_features` adds the vocabulary to the system
+    message, for a policy without a cold start.
+    """
+    window = keep_items(window, max_items)
+    account, codes = _codes(window, pseudonym_key)
+    who = " ".join(_label(part) for part in (window.role, window.department) if part)
+    lines = [f"{account} {who} {_DAYS[window.weekday]}", _facts_line("past", window.past),
+             _facts_line("week", window.week)]
+    lines += [item_line(item, codes) for item in window.evidence]
+    if window.dropped:
+        lines.append(f"{window.dropped} more left out")
+    system = format_section(style=style, list_features=list_features)
+    return [{"role": "system", "content": system}, {"role": "user", "content": "\n".join(lines)}]
+
+
+def informativeness(item: Evidence) -> int:
+    """Return how much an item shows beyond routine, from its visible kind and facts alone."""
+    return 10 * sum(fact not in _ROUTINE for fact in item.facts) + _KIND_RANK.get(item.kind, 1)
+
+
+def keep_items(window: Window, max_items: int) -> Window:
+    """Return the window with its `max_items` most informative items, in their order and ids."""
+    if max_items < 0:
+        raise UserError(f"max_items={max_items} is not possible: legal values are 0 and more.")
+    surplus = len(window.evidence) - max_items
+    if surplus <= 0:
+        return window
+    ranked = sorted(range(len(window.evidence)),
+                    key=lambda i: (-informativeness(window.evidence[i]), i))
+    kept = sorted(ranked[:max_items])
+    return replace(window, evidence=tuple(window.evidence[i] for i in kept),
+                   dropped=window.dropped + surplus)
+
+
+def fit_budget(window: Window, count_tokens: Callable[[list[dict]], int], budget: int, *,
+               max_items: int = MAX_ITEMS, **options) -> Window:
+    """Return the window with as many items as a token budget allows, the least informative dropped.
+
+    `count_tokens` counts a list of chat messages (with the chat template's own tokens);
+    `options` are those of `window_messages`. Raises `UserError` if the headings alone exceed it.
+    """
+    window = keep_items(window, max_items)
+    while count_tokens(window_messages(window, max_items=max_items, **options)) > budget:
+        if not window.evidence:
+            raise UserError(f"budget={budget} tokens cannot hold the headings of window "
+                            f"{window.window_id}: raise max_prompt_tokens.")
+        window = keep_items(window, len(window.evidence) - 1)
+    return window
+
+
+def without_items(messages: Sequence[dict], ids: Collection[str]) -> list[dict]:
+    """Return the messages with the lines of these items deleted: the counterfactual prompt.
+
+    Only the user's message is changed; ids stay as they are. Works since no field text can open a
+    line (`escape_field`).
+
+    >>> without_items([{"role": "user", "content": "e1 08:00 logon\\ne2 22:00 device"}], ["e2"])
+    [{'role': 'user', 'content': 'e1 08:00 logon'}]
+    """
+    gone = set(ids)
+    return [{**message, "content": "\n".join(
+                line for line in message["content"].split("\n")
+                if line.split(" ", 1)[0] not in gone)}
+            if message["role"] == "user" else dict(message) for message in messages]
+
+
+def target_verdict(window: Window, *, risk: str | None = None, max_items: int = MAX_ITEMS,
+                   pseudonym_key: str | None = DEFAULT_KEY, style: str = "evidence_first") -> str:
+    """Return an honest reference verdict from the truth, for the cold start.
+
+    It cites up to three true items that the prompt shows, names two or three oracle features, and
+    its basis repeats time, kind and host of what it cites. `risk` overrides the label for a noisy
+    demonstration, and the rest follows the wrong label as a mistaken analyst's would: a day called
+    normal cites nothing, and a normal day that is flagged cites the item that stands out most.
+    """
+    window = keep_items(window, max_items)
+    said = window.risk if risk is None else risk
+    if said not in RISKS:
+        raise UserError(f"risk={said!r} is not possible: legal values are {', '.join(RISKS)}.")
+    items = list(window.evidence)
+    cited = [] if said == "normal" else [item for item in items if item.truth]
+    if said != "normal" and not cited:
+        cited = sorted(items, key=lambda item: -informativeness(item))[:1]
+    cited = sorted(cited, key=lambda item: -informativeness(item))[:CITED]
+    cited.sort(key=items.index)
+    _, codes = _codes(window, pseudonym_key)
+    basis = "; ".join(_reason(item, codes) for item in cited) or "nothing unusual"
+    evidence = [item.id for item in cited]
+    thought = None
+    if style == "think":
+        thought = "The day shows " + (", ".join(evidence) or "routine only") + "."
+    return render_verdict(evidence=evidence, features=_say_features(window.features, said),
+                          basis=basis + ".", risk=said, style=style, thought=thought)
+
+
+def _reason(item: Evidence, codes: dict[str, str]) -> str:
+    host = codes.get(item.pc, "").strip("'")
+    return " ".join(part for part in (item.id, item.start, item.kind, host) if part)
+
+
+def _say_features(oracle: Sequence[str], said: str) -> list[str]:
+    known = [name for name in FEATURES if name in oracle]
+    usual = [name for name in known if name in USUAL_FEATURES]
+    odd = [name for name in known if name not in USUAL_FEATURES]
+    chosen = usual[:CITED] if said == "normal" else odd[:CITED]
+    spare = [*known, *FEATURES] if said != "normal" else [*usual, *FEATURES]
+    for name in spare:
+        if len(chosen) >= 2:
+            break
+        if name not in chosen:
+            chosen.append(name)
+    return sorted(chosen, key=FEATURES.index)
+
+
+def prompt_dataset(windows: Iterable[Window], *, max_items: int = MAX_ITEMS,
+                   pseudonym_key: str | None = DEFAULT_KEY, style: str = "evidence_first",
+                   list_features: bool = False,
+                   count_tokens: Callable[[list[dict]], int] | None = None,
+                   budget: int | None = None) -> list[dict]:
+    """Return one row per window: the prompt and the columns that the reward functions receive.
+
+    Columns: prompt, window_id, user, day, label, evidence_ids, evidence_truth, dont_care,
+    feature_truth, item_text (id -> line), style. Ids are those of items the prompt shows. With
+    `count_tokens` and `budget` windows are cut to the budget first (`fit_budget`).
+    """
+    rows = []
+    options = {"pseudonym_key": pseudonym_key, "style": style, "list_features": list_features}
+    for whole in windows:
+        window = keep_items(whole, max_items)
+        if count_tokens is not None and budget is not None:
+            window = fit_budget(window, count_tokens, budget, max_items=max_items, **options)
+        _, codes = _codes(window, pseudonym_key)
+        rows.append({
+            "prompt": window_messages(window, max_items=max_items, **options),
+            "window_id": window.window_id, "user": window.user, "day": window.day,
+            "label": window.risk,
+            "evidence_ids": [item.id for item in window.evidence],
+            "evidence_truth": [item.id for item in window.evidence if item.truth],
+            "dont_care": [item.id for item in window.evidence if item.dont_care],
+            "feature_truth": list(window.features),
+            "item_text": {item.id: item_line(item, codes) for item in window.evidence},
+            "style": style,
+        })
+    return rows
