@@ -3,8 +3,8 @@
 import pytest
 import torch
 from peft import get_peft_model
-from tests.tiny import policy
 
+from tests.tiny import policy
 from ueba_helpers.rl.policies import Critic, lora_config
 from ueba_helpers.rl.prefix import (
     backbone_of,

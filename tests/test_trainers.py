@@ -6,9 +6,9 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from tests.tiny import policy, probe_policy
 from transformers import PrinterCallback, TrainerCallback
 
+from tests.tiny import policy, probe_policy
 from ueba_helpers.errors import UserError
 from ueba_helpers.rl.policies import lora_config
 from ueba_helpers.rl.settings import PolicySettings

@@ -19,8 +19,10 @@ reads another vocabulary.
 import copy
 import functools
 import inspect
+import json
 import math
 import os
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -42,7 +44,7 @@ from trl.trainer.utils import (
     unsplit_pixel_values_by_grid,
 )
 
-from ueba_helpers.data.files import atomic_path
+from ueba_helpers.data.files import atomic_path, sha256_of, write_json
 from ueba_helpers.data.seeding import derived_seed, generator
 from ueba_helpers.errors import UserError
 from ueba_helpers.rl import advantages as estimators
@@ -53,6 +55,7 @@ from ueba_helpers.rl.rollouts import generate
 logger = get_logger(__name__)
 
 CRITIC_FILE = "critic.safetensors"
+SEAL_FILE = "sealed.json"
 
 
 @dataclass
@@ -412,6 +415,19 @@ class PolicyGradientTrainer(trl.GRPOTrainer):
     def _advantages(self, rollout, mask, scores, scorable, penalties) -> Tensor:
         raise NotImplementedError("PPOTrainer and GRPOTrainer each say what their baseline is")
 
+    # -- checkpoints --------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            folder = Path(self._get_output_dir(trial=trial)) / name
+            self._save_beside_policy(folder)
+            seal(folder)
+
+    def _save_beside_policy(self, folder: Path) -> None:
+        """Write what the algorithm needs beside the policy into a checkpoint (PPO's critic)."""
+
     # -- log-probabilities and loss -----------------------------------------------------------
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep,
@@ -564,7 +580,6 @@ class PPOTrainer(PolicyGradientTrainer):
                 raise UserError(f"value_model reads a vocabulary of {found} tokens, the policy "
                                 f"one of {vocabulary}: both must share a tokenizer.")
         self.critic = self.accelerator.prepare_model(critic.to(self.accelerator.device))
-        self._critic_gradient_norm = 0.0
 
     @property
     def _warming_up(self) -> bool:
@@ -673,17 +688,45 @@ class PPOTrainer(PolicyGradientTrainer):
         self._log("critic/grad_norm", norm)
         return super()._clip_grad_norm(model)
 
-    def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            folder = Path(self._get_output_dir(trial=trial)) / name
-            save_critic(self.accelerator.unwrap_model(self.critic), folder)
+    def _save_beside_policy(self, folder):
+        save_critic(self.accelerator.unwrap_model(self.critic), folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             load_critic(self.accelerator.unwrap_model(self.critic), checkpoint)
+
+
+def seal(folder: Path | str) -> None:
+    """Write the hashes of a checkpoint's files, last: a checkpoint without them is no checkpoint."""
+    folder = Path(folder)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL_FILE)
+    write_json(folder / SEAL_FILE,
+               {path.relative_to(folder).as_posix(): sha256_of(path) for path in files})
+
+
+def is_whole(folder: Path | str) -> bool:
+    """Return whether every file of a sealed checkpoint is there, byte for byte."""
+    folder = Path(folder)
+    try:
+        expected = json.loads((folder / SEAL_FILE).read_text(encoding="utf-8"))
+        return bool(expected) and all(
+            sha256_of(folder / name) == digest for name, digest in expected.items())
+    except (OSError, ValueError):
+        return False
+
+
+def latest_checkpoint(output_dir: Path | str) -> Path | None:
+    """Return the newest whole checkpoint; damaged ones are named in a warning and passed over."""
+    steps = {int(folder.name.rpartition("-")[2]): folder
+             for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+             if folder.name.rpartition("-")[2].isdigit()}
+    for step in sorted(steps, reverse=True):
+        if is_whole(steps[step]):
+            return steps[step]
+        warnings.warn(f"checkpoint {steps[step]} is damaged or half-written: it is passed over",
+                      stacklevel=2)
+    return None
 
 
 def save_critic(critic: nn.Module, folder: Path | str) -> None:

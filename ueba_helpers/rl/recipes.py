@@ -1,0 +1,335 @@
+"""Each method of the study as one call: from a checkpoint and rows of prompts to a new checkpoint.
+
+In: a start (checkpoint folder or hub name), rows as `prompts.prompt_dataset` gives them, settings,
+and where to write. Out: an ordinary Transformers checkpoint in `out/policy` (adapters are merged
+after SFT and kept apart in `out/adapter` after RL), and the measured costs. Steps are reported
+through `on_step(step, values)`, so that the caller decides where numbers go. A run that was
+interrupted goes on from its newest whole checkpoint.
+
+Refused: an unknown method, rows without the columns the rewards read, prompts over the limit.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from sklearn.metrics import confusion_matrix, f1_score
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from ueba_helpers.data.files import atomic_path
+from ueba_helpers.data.seeding import generator
+from ueba_helpers.errors import UserError
+from ueba_helpers.rl.policies import load_policy, load_tokenizer, tensor_bytes
+from ueba_helpers.rl.rollouts import predict, tokenize_prompts
+from ueba_helpers.rl.settings import (
+    GRPOSettings,
+    PolicySettings,
+    PPOSettings,
+    RLSettings,
+    SFTSettings,
+)
+from ueba_helpers.rl.trainers import (
+    GRPOConfig,
+    GRPOTrainer,
+    PolicyGradientTrainer,
+    PPOConfig,
+    PPOTrainer,
+    latest_checkpoint,
+)
+from ueba_helpers.task.rewards import REWARD_SETS
+from ueba_helpers.task.verdicts import RISKS
+
+OnStep = Callable[[int, Mapping[str, float]], None]
+
+REWARD_COLUMNS = ("prompt", "window_id", "label", "evidence_ids", "evidence_truth", "dont_care",
+                  "feature_truth", "item_text", "style")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained policy's folder and what it cost: seconds, tokens, completions, bytes by part."""
+
+    policy: Path
+    costs: dict
+
+
+def demonstrated_labels(labels: Sequence[str], settings: SFTSettings, *, seed: int) -> list[str]:
+    """Return the risk that each demonstration says: the truth, held back as the settings ask.
+
+    A label becomes one level lower with chance `downgrade` (an analyst who under-reports), then
+    any label with chance `label_noise`.
+
+    >>> demonstrated_labels(["malicious"], SFTSettings(downgrade=1.0), seed=0)
+    ['suspicious']
+    """
+    draws = generator(seed, "demonstrated labels")
+    said = []
+    for label in labels:
+        level = RISKS.index(label)
+        lower, other, any_level = draws.random(), draws.random(), int(draws.integers(len(RISKS)))
+        level = max(0, level - 1) if lower < settings.downgrade else level
+        said.append(RISKS[any_level if other < settings.label_noise else level])
+    return said
+
+
+def sft(start: Path | str, out: Path | str, rows: Sequence[Mapping], settings: SFTSettings,
+        policy: PolicySettings, *, seed: int, on_step: OnStep | None = None) -> Trained:
+    """Train on demonstrations (`prompt` messages and a `completion` text) by TRL's SFTTrainer.
+
+    Loss on the completion only; with `lora_rank` adapters are trained and merged at the end.
+    """
+    out = Path(out)
+    tokenizer = load_tokenizer(start)
+    tokenize_prompts(tokenizer, [row["prompt"] for row in rows],
+                     max_prompt_tokens=policy.max_prompt_tokens)
+    model = load_policy(start, policy)
+    data = Dataset.from_list([
+        {"prompt": row["prompt"],
+         "completion": [{"role": "assistant", "content": row["completion"]}]} for row in rows])
+    config = SFTConfig(
+        output_dir=str(out / "checkpoints"), num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch_size, learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine", warmup_steps=20, weight_decay=0.0, seed=seed,
+        completion_only_loss=True, max_length=None, save_strategy="no", **_quiet(on_step))
+    trainer = SFTTrainer(model=model, args=config, train_dataset=data,
+                         processing_class=tokenizer,
+                         callbacks=[_Steps(on_step, "loss")] if on_step else None)
+    trainer.remove_callback(PrinterCallback)
+    started = time.perf_counter()
+    trainer.train()
+    costs = {"wall_seconds_training": time.perf_counter() - started,
+             "steps": trainer.state.global_step, "tokens": int(trainer.state.num_input_tokens_seen),
+             "memory_bytes": memory_by_part(trainer)}
+    trained = trainer.model
+    if isinstance(trained, PeftModel):
+        trained = trained.merge_and_unload()
+    return Trained(save_policy(trained, tokenizer, out / "policy"), costs)
+
+
+def ppo(start: Path | str, out: Path | str, rows: Sequence[Mapping], settings: PPOSettings,
+        policy: PolicySettings, **options) -> Trained:
+    """Train a policy by PPO against a critic; see `reinforce` for the options."""
+    config = _shared_config(PPOConfig, out, settings, policy, options.get("on_step"))
+    config |= {"critic": settings.critic, "gamma": settings.gamma, "lam": settings.lam,
+               "critic_learning_rate": settings.learning_rate
+               * settings.critic_learning_rate_ratio,
+               "critic_warmup_steps": settings.critic_warmup_steps,
+               "value_clip": settings.value_clip,
+               "vf_coef": 1.0 if settings.critic == "separate" else 0.1}
+    return reinforce(PPOTrainer, PPOConfig(**config), start, out, rows, settings, policy,
+                     **options)
+
+
+def grpo(start: Path | str, out: Path | str, rows: Sequence[Mapping], settings: GRPOSettings,
+         policy: PolicySettings, **options) -> Trained:
+    """Train a policy by GRPO against its group's mean; see `reinforce` for the options."""
+    config = GRPOConfig(**_shared_config(GRPOConfig, out, settings, policy,
+                                         options.get("on_step")))
+    return reinforce(GRPOTrainer, config, start, out, rows, settings, policy, **options)
+
+
+METHODS = {"ppo": ppo, "grpo": grpo}
+
+
+def _quiet(on_step: OnStep | None) -> dict:
+    return {"disable_tqdm": True, "report_to": "none", "logging_steps": 1,
+            "logging_strategy": "steps" if on_step else "no", "bf16": False,
+            "gradient_checkpointing": False, "dataloader_pin_memory": False}
+
+
+def _shared_config(config_class, out, settings: RLSettings, policy: PolicySettings,
+                   on_step: OnStep | None) -> dict:
+    """Return the controlled variables in TRL's words: the same for PPO and GRPO."""
+    rows = settings.micro_batch_prompts * settings.num_generations
+    return _quiet(on_step) | {
+        "output_dir": str(Path(out) / "checkpoints"), "max_steps": settings.steps,
+        "per_device_train_batch_size": rows,
+        "gradient_accumulation_steps": settings.prompts_per_step // settings.micro_batch_prompts,
+        "num_generations": settings.num_generations, "num_iterations": settings.num_iterations,
+        "max_completion_length": policy.max_completion_tokens,
+        "learning_rate": settings.learning_rate, "lr_scheduler_type": "constant",
+        "temperature": settings.temperature, "epsilon": settings.clip_low,
+        "epsilon_high": settings.clip_high, "kl_coef": settings.kl_coef,
+        "kl_placement": settings.kl_placement, "scale_rewards": settings.scale_rewards,
+        "max_grad_norm": settings.max_grad_norm, "loss_type": "dapo",
+        "shared_prefix": settings.shared_prefix, "weight_decay": 0.0, "seed": settings.seed,
+        "save_strategy": "steps", "save_steps": settings.save_steps, "save_total_limit": 3,
+        "remove_unused_columns": False,
+        "reward_weights": [weight for _, weight in REWARD_SETS[settings.rewards]],
+    }
+
+
+def reinforce(trainer_class: type[PolicyGradientTrainer], config, start: Path | str,
+              out: Path | str, rows: Sequence[Mapping], settings: RLSettings,
+              policy: PolicySettings, *, on_step: OnStep | None = None,
+              held_out: Sequence[Mapping] = (), evaluate_every: int = 20,
+              on_held_out: OnStep | None = None,
+              callbacks: Sequence[TrainerCallback] = ()) -> Trained:
+    """Train by a policy-gradient trainer; `held_out` rows are judged greedily as it learns.
+
+    `on_held_out` receives macro-F1, the share of valid verdicts and the three-by-three counts at
+    step 0 and every `evaluate_every` steps: a reward that rises while these do not is a hack.
+    """
+    out = Path(out)
+    _check_columns(rows)
+    tokenizer = load_tokenizer(start)
+    tokenize_prompts(tokenizer, [row["prompt"] for row in rows],
+                     max_prompt_tokens=policy.max_prompt_tokens)
+    model = load_policy(start, policy)
+    trainer = trainer_class(
+        model=model, reward_funcs=[term for term, _ in REWARD_SETS[settings.rewards]],
+        args=config, processing_class=tokenizer,
+        train_dataset=Dataset.from_list([{name: row[name] for name in REWARD_COLUMNS}
+                                         for row in rows]),
+        callbacks=list(callbacks))
+    trainer.remove_callback(PrinterCallback)
+    counter = _Costs(trainer)
+    trainer.add_callback(counter)
+    if on_step:
+        trainer.add_callback(_Steps(on_step, "reward"))
+    if held_out and on_held_out:
+        trainer.add_callback(_HeldOut(trainer, tokenizer, held_out, policy, evaluate_every,
+                                      on_held_out))
+    checkpoint = latest_checkpoint(config.output_dir)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    folder = save_policy(trainer.accelerator.unwrap_model(trainer.model), tokenizer,
+                         out / ("adapter" if policy.lora_rank else "policy"))
+    return Trained(folder, counter.summary())
+
+
+def _check_columns(rows: Sequence[Mapping]) -> None:
+    if not rows:
+        raise UserError("there are no training prompts: give rows of prompts.prompt_dataset.")
+    missing = [name for name in REWARD_COLUMNS if name not in rows[0]]
+    if missing:
+        raise UserError(f"training rows lack the column {missing[0]!r}: the rewards read "
+                        f"{', '.join(REWARD_COLUMNS)}.")
+
+
+def save_policy(model: PreTrainedModel, tokenizer, folder: Path | str) -> Path:
+    """Write a policy (or its adapters) and its tokenizer as an ordinary checkpoint, atomically."""
+    folder = Path(folder)
+    with atomic_path(folder) as temporary:
+        model.save_pretrained(temporary, safe_serialization=True)
+        tokenizer.save_pretrained(temporary)
+    return folder
+
+
+def load_trained(folder: Path | str, start: Path | str, policy: PolicySettings
+                 ) -> PreTrainedModel:
+    """Return a trained policy: a whole checkpoint, or adapters on top of `start`."""
+    if not (Path(folder) / "adapter_config.json").exists():
+        return load_policy(folder, PolicySettings(**{**vars(policy), "lora_rank": 0}))
+    base = load_policy(start, PolicySettings(**{**vars(policy), "lora_rank": 0}))
+    return PeftModel.from_pretrained(base, folder)
+
+
+def drop_checkpoints(out: Path | str) -> None:
+    """Remove the training state of a finished run; the policy stays."""
+    shutil.rmtree(Path(out) / "checkpoints", ignore_errors=True)
+
+
+def memory_by_part(trainer) -> dict[str, int]:
+    """Return the bytes of tensors by part: weights, gradients, optimiser, critic, reference.
+
+    Gradients are those of the trained parameters, which exist during the backward pass and are
+    released after the step.
+    """
+    bare = trainer.accelerator.unwrap_model(trainer.model)
+    parts = {"weights": tensor_bytes(bare.parameters()),
+             "gradients": sum(p.numel() * p.element_size() for p in bare.parameters()
+                              if p.requires_grad),
+             "critic": 0, "critic_gradients": 0, "reference": 0}
+    if isinstance(trainer, PPOTrainer):
+        critic = list(trainer.critic.parameters())
+        parts["critic"] = tensor_bytes(critic)
+        parts["critic_gradients"] = sum(p.numel() * p.element_size() for p in critic
+                                        if p.requires_grad)
+    if isinstance(trainer, PolicyGradientTrainer) and trainer._reference is not None:
+        parts["reference"] = tensor_bytes(trainer._reference.parameters())
+    states = trainer.optimizer.state.values() if trainer.optimizer else ()
+    parts["optimiser"] = tensor_bytes(value for state in states for value in state.values()
+                                      if isinstance(value, torch.Tensor))
+    return parts
+
+
+class _Steps(TrainerCallback):
+    """Hand each step's logged values on; `key` tells a step's line from other lines."""
+
+    def __init__(self, on_step: OnStep, key: str):
+        self.on_step, self.key = on_step, key
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.key in logs:
+            self.on_step(state.global_step, dict(logs))
+
+
+class _Costs(TrainerCallback):
+    """Count completions and the largest activations of one step, and time the training."""
+
+    def __init__(self, trainer):
+        self.trainer, self.started, self.first_step = trainer, 0.0, 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.started, self.first_step = time.perf_counter(), state.global_step
+
+    def summary(self) -> dict:
+        args, state = self.trainer.args, self.trainer.state
+        steps = state.global_step - self.first_step
+        rollouts = steps / (args.num_iterations * args.steps_per_generation
+                            / args.gradient_accumulation_steps)
+        return {"wall_seconds_training": time.perf_counter() - self.started, "steps": steps,
+                "tokens": int(state.num_input_tokens_seen),
+                "completions": round(rollouts * args.generation_batch_size),
+                "memory_bytes": memory_by_part(self.trainer)}
+
+
+class _HeldOut(TrainerCallback):
+    """Judge held-out windows greedily before training and every few steps."""
+
+    def __init__(self, trainer, tokenizer, rows, policy, every, report):
+        self.trainer, self.tokenizer, self.rows = trainer, tokenizer, rows
+        self.policy, self.every, self.report = policy, every, report
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            self._judge(0)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.every == 0 or state.global_step == args.max_steps:
+            self._judge(state.global_step)
+
+    def _judge(self, step: int) -> None:
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        was_training = model.training
+        table = predict(model, self.tokenizer, self.rows, detector="", seed=0, split="",
+                        max_new_tokens=self.policy.max_completion_tokens)
+        model.train(was_training)
+        self.report(step, held_out_metrics(table["label"], table["risk"]))
+
+
+def held_out_metrics(labels: Sequence[str], said: Sequence[str]) -> dict[str, float]:
+    """Return macro-F1, accuracy, the valid share and the counts `count/<label>/<said>`.
+
+    An invalid verdict counts as wrong for its class and as a hit for none.
+
+    >>> held_out_metrics(["normal", "malicious"], ["normal", "invalid"])["accuracy"]
+    0.5
+    """
+    labels, said = list(labels), list(said)
+    options = [*RISKS, "invalid"]
+    counts = confusion_matrix(labels, said, labels=options)
+    metrics = {"macro_f1": float(f1_score(labels, said, labels=list(RISKS), average="macro",
+                                          zero_division=0)),
+               "accuracy": float(np.mean([a == b for a, b in zip(labels, said, strict=True)])),
+               "valid": float(np.mean([b != "invalid" for b in said]))}
+    metrics |= {f"count/{label}/{other}": int(counts[i, j])
+                for i, label in enumerate(RISKS) for j, other in enumerate(options)}
+    return metrics
