@@ -26,6 +26,7 @@ from trl import SFTConfig, SFTTrainer
 from ueba_helpers.data.files import atomic_path
 from ueba_helpers.data.seeding import generator
 from ueba_helpers.errors import UserError
+from ueba_helpers.rl.checkpoints import latest_checkpoint
 from ueba_helpers.rl.policies import load_policy, load_tokenizer, tensor_bytes
 from ueba_helpers.rl.rollouts import predict, tokenize_prompts
 from ueba_helpers.rl.settings import (
@@ -41,7 +42,6 @@ from ueba_helpers.rl.trainers import (
     PolicyGradientTrainer,
     PPOConfig,
     PPOTrainer,
-    latest_checkpoint,
 )
 from ueba_helpers.task.rewards import REWARD_SETS
 from ueba_helpers.task.verdicts import RISKS

@@ -19,10 +19,8 @@ reads another vocabulary.
 import copy
 import functools
 import inspect
-import json
 import math
 import os
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -32,7 +30,6 @@ import torch
 import trl
 from accelerate.logging import get_logger
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -44,18 +41,15 @@ from trl.trainer.utils import (
     unsplit_pixel_values_by_grid,
 )
 
-from ueba_helpers.data.files import atomic_path, sha256_of, write_json
 from ueba_helpers.data.seeding import derived_seed, generator
 from ueba_helpers.errors import UserError
 from ueba_helpers.rl import advantages as estimators
+from ueba_helpers.rl.checkpoints import load_critic, save_critic, seal
 from ueba_helpers.rl.policies import make_critic, value_head, values_of
 from ueba_helpers.rl.prefix import backbone_of, completion_states, shareable, token_log_probs
 from ueba_helpers.rl.rollouts import generate
 
 logger = get_logger(__name__)
-
-CRITIC_FILE = "critic.safetensors"
-SEAL_FILE = "sealed.json"
 
 
 @dataclass
@@ -695,51 +689,3 @@ class PPOTrainer(PolicyGradientTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             load_critic(self.accelerator.unwrap_model(self.critic), checkpoint)
-
-
-def seal(folder: Path | str) -> None:
-    """Write the hashes of a checkpoint's files, last: a checkpoint without them is no checkpoint."""
-    folder = Path(folder)
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL_FILE)
-    write_json(folder / SEAL_FILE,
-               {path.relative_to(folder).as_posix(): sha256_of(path) for path in files})
-
-
-def is_whole(folder: Path | str) -> bool:
-    """Return whether every file of a sealed checkpoint is there, byte for byte."""
-    folder = Path(folder)
-    try:
-        expected = json.loads((folder / SEAL_FILE).read_text(encoding="utf-8"))
-        return bool(expected) and all(
-            sha256_of(folder / name) == digest for name, digest in expected.items())
-    except (OSError, ValueError):
-        return False
-
-
-def latest_checkpoint(output_dir: Path | str) -> Path | None:
-    """Return the newest whole checkpoint; damaged ones are named in a warning and passed over."""
-    steps = {int(folder.name.rpartition("-")[2]): folder
-             for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-             if folder.name.rpartition("-")[2].isdigit()}
-    for step in sorted(steps, reverse=True):
-        if is_whole(steps[step]):
-            return steps[step]
-        warnings.warn(f"checkpoint {steps[step]} is damaged or half-written: it is passed over",
-                      stacklevel=2)
-    return None
-
-
-def save_critic(critic: nn.Module, folder: Path | str) -> None:
-    """Write the critic's weights into a checkpoint folder, as safetensors."""
-    state = {name: tensor.detach().contiguous().cpu()
-             for name, tensor in critic.state_dict().items()}
-    with atomic_path(Path(folder) / CRITIC_FILE) as temporary:
-        save_file(state, temporary)
-
-
-def load_critic(critic: nn.Module, folder: Path | str) -> None:
-    """Read the critic's weights from a checkpoint folder."""
-    path = Path(folder) / CRITIC_FILE
-    if not path.exists():
-        raise UserError(f"{path} is missing: the checkpoint has no critic to resume with.")
-    critic.load_state_dict(load_file(path))
