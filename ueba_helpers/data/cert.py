@@ -230,21 +230,23 @@ class _Table:
 _ADDRESS = "[^@;\\s]+@[^@;\\s]+"
 _ADDRESS_LIST = f"{_ADDRESS}(;{_ADDRESS})*;?"
 _USER = "[A-Z]{3}[0-9]{4}"
+_DATE_REASON = "date is not MM/DD/YYYY HH:MM:SS in the years 2000 to 2099"
 _DATE_SQL = f"try_strptime(date, '{DATE_FORMAT}')"
 _EVENT_CHECKS = (
     (
         "NOT regexp_full_match(id, '\\{[A-Z0-9]{4}-[A-Z0-9]{8}-[A-Z0-9]{8}\\}')",
         "id is not of the form {A9A9-A9AA99AA-9999AAAA}",
     ),
+    # try_strptime alone lets spaces stand for digits.
     (
-        "length(date) <> 19 OR substr(date, 3, 1) <> '/' OR substr(date, 6, 1) <> '/'"
-        f" OR {_DATE_SQL} IS NULL",
-        "date is not MM/DD/YYYY HH:MM:SS",
+        "moment IS NULL OR NOT regexp_full_match(date,"
+        " '[0-9]{2}/[0-9]{2}/20[0-9]{2} [0-9]{2}:[0-9]{2}:[0-9]{2}')",
+        _DATE_REASON,
     ),
     (f"NOT regexp_full_match(\"user\", '{_USER}')", "user is not three capitals and four digits"),
     ("NOT regexp_full_match(pc, 'PC-[0-9]{4}')", "pc is not PC- and four digits"),
 )
-_EVENT_STORED = (("id", "id"), ("date", _DATE_SQL), ("user", '"user"'), ("pc", "pc"))
+_EVENT_STORED = (("id", "id"), ("date", "moment"), ("user", '"user"'), ("pc", "pc"))
 _EVENT_HEADER = ("id", "date", "user", "pc")
 
 
@@ -460,10 +462,12 @@ def _find(release: Path | str) -> _Release:
         if path is not None:
             found.logs[name] = _Source(path, path.name, name)
     if not found.logs:
+        below = next((p.parent for p in sorted(folder.glob("*/logon.csv*"))), None)
         raise UserError(
             f"{folder}: holds none of the logs "
             + ", ".join(f"{name}.csv" for name in LOGS)
-            + " (plain or .gz). Give the release folder itself."
+            + " (plain or .gz). Give the release folder itself"
+            + (f", perhaps {below}." if below else ".")
         )
     for name in LOGS:
         if name not in found.logs:
@@ -474,7 +478,8 @@ def _find(release: Path | str) -> _Release:
         found.warnings.append("psychometric.csv is missing: its table is empty")
     else:
         found.psychometric = _Source(psychometric, psychometric.name, "psychometric")
-    for place in (folder / "answers", folder.resolve().parent / "answers"):
+    beside = (folder.absolute().parent / "answers", folder.resolve().parent / "answers")
+    for place in (folder / "answers", *beside):
         insiders = _one_of(place, "insiders.csv", found.warnings)
         if insiders is not None:
             found.answers = place
@@ -848,7 +853,10 @@ def _recognise(found: _Release) -> str:
         else:
             wrong.append(source)
             if not line.strip():
-                raise UserError(f"{source.path}: is empty, it has no header row. Copy it again.")
+                raise UserError(
+                    f"{source.path}: is empty, without even a header row. Copy it again, or"
+                    " remove it if the log is meant to be absent."
+                )
             raise UserError(
                 f"{source.path}, line 1: wrong header {line[:120]!r}; r4.2 has"
                 f" {','.join(expected)!r}. Restore the header row and the column order."
@@ -890,14 +898,21 @@ def _quote(value: object) -> str:
 class _Ingest:
     """One ingest into one temporary folder. Every method adds to the manifest's parts."""
 
-    def __init__(self, found, folder, *, memory_limit, threads, share, allow_empty, buckets, tell):
-        self.found, self.folder, self.tell = found, folder, tell
-        self.share, self.allow_empty, self.buckets = share, allow_empty, buckets
-        self.spill = folder / ".work"
-        self.spill.mkdir(parents=True)
+    def __init__(
+        self,
+        found: _Release,
+        folder: Path,
+        connection: duckdb.DuckDBPyConnection,
+        options: dict,
+        tell: Progress | None,
+    ):
+        self.found, self.folder, self.connection, self.tell = found, folder, connection, tell
+        self.options = options
+        self.share, self.buckets = options["max_quarantine_share"], options["buckets"]
+        self.work = folder / ".work"
+        self.work.mkdir()
         self.warnings = list(found.warnings)
         self.sources: dict[str, dict] = {}
-        self.connection = _connect(memory_limit, threads, self.spill / "spill")
         self.connection.execute("SET preserve_insertion_order = false")
         self.connection.execute(
             "CREATE TABLE quarantine (file VARCHAR, line BIGINT, reason VARCHAR, text VARCHAR)"
@@ -913,12 +928,14 @@ class _Ingest:
         cases = " ".join(f"WHEN {test} THEN {_quote(reason)}" for test, reason in table.checks)
         stored = ", ".join(f'{sql} AS "{name}"' for name, sql in table.stored)
         bucket = f"CAST(right(\"user\", 4) AS INTEGER) % {self.buckets}"
+        lines = f"(SELECT *, {_DATE_SQL} AS moment FROM lines)" if "date" in table.used else "lines"
         query = (
             f"SELECT * EXCLUDE (text), CASE WHEN reason IS NULL THEN {bucket} ELSE -1 END AS"
             f" bucket, CASE WHEN reason IS NOT NULL THEN left(text, {QUARANTINE_TEXT}) END AS text"
             f" FROM (SELECT line, {stored}, text, coalesce(problem, CASE {cases} END) AS reason"
-            " FROM lines)"
+            f" FROM {lines})"
         )
+        before = source.path.stat()
         scan = _Scan(source, table, self.tell)
         self.connection.register("lines", scan.reader())
         try:
@@ -929,13 +946,18 @@ class _Ingest:
             raise
         finally:
             self.connection.unregister("lines")
-        status = source.path.stat()
-        self.sources[source.label] = {
-            "bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": scan.sha256,
-        }
+        self.used(source, before, scan.sha256)
         if scan.unended:
             self.warnings.append(f"{source.label}: the last line has no line end; is the file cut?")
         return scan
+
+    def used(self, source: _Source, before: os.stat_result, sha256: str) -> None:
+        """Note the file that was read, as it was before; refuse it if it changed meanwhile."""
+        after = source.path.stat()
+        size, moment = before.st_size, before.st_mtime_ns
+        if (size, moment) != (after.st_size, after.st_mtime_ns):
+            raise UserError(f"{source.path}: changed while it was read. Wait, and ingest again.")
+        self.sources[source.label] = {"bytes": size, "mtime_ns": moment, "sha256": sha256}
 
     def quarantine(self, source: _Source, query: str) -> int:
         """Move the bad rows of `query` (line, reason, text) to the quarantine; return how many."""
@@ -950,7 +972,7 @@ class _Ingest:
         return self.connection.execute(f"SELECT count(*) FROM {relation}").fetchall()[0][0]
 
     def check_share(self, source: _Source, read: int, bad: int) -> None:
-        if read == 0 and not self.allow_empty:
+        if read == 0 and not self.options["allow_empty"]:
             raise UserError(
                 f"{source.path}: holds no rows after its header. Copy it again, remove the file if"
                 " the log is meant to be absent, or allow empty logs."
@@ -975,7 +997,7 @@ class _Ingest:
 
     def log(self, name: str) -> dict:
         source, table = self.found.logs[name], _TABLES[name]
-        stage = self.spill / name
+        stage = self.work / name
         scan = self.scan(
             source,
             table,
@@ -1170,7 +1192,7 @@ class _Ingest:
             for number, line in enumerate(lines[1:], start=2):
                 cells = _cells(line)
                 # The dataset decides first: rows of other releases have dates of other forms.
-                if len(cells) == 6 and cells[0].strip() not in ("4.2", "r4.2"):
+                if len(cells) == 6 and cells[0] not in ("4.2", "r4.2"):
                     counts["other_releases"] += 1
                     continue
                 counts["read"] += 1
@@ -1192,30 +1214,28 @@ class _Ingest:
         return sorted(known), counts
 
     def read_answers(self, source: _Source, insider: str, scenario: int) -> tuple[list, int]:
-        good, bad = [], 0
+        good, bad, seen = [], 0, set()
         for number, line in enumerate(self.small_lines(source), start=1):
-            problem = _answer_problem(cells := line.split(",", 5))
-            if problem is None and any(row[2:4] == (cells[0], cells[1]) for row in good):
+            cells = [cell.strip() for cell in line.split(",", 5)]
+            problem = _answer_problem(cells)
+            if problem is None and tuple(cells[:2]) in seen:
                 problem = "id occurs earlier in the file"
             if problem:
                 self.refuse(source, number, problem, line)
                 bad += 1
             else:
-                log, identity, date, user, pc = (cell.strip() for cell in cells[:5])
+                log, identity, date, user, pc = cells[:5]
                 good.append((insider, scenario, log, identity, _date(date), user, pc))
+                seen.add((log, identity))
         self.check_share(source, len(good) + bad, bad)
         return good, bad
 
     def small_lines(self, source: _Source) -> list[str]:
+        before = source.path.stat()
         reader = _Reader(source)
         try:
             data = b"".join(iter(lambda: reader.read(BLOCK_BYTES), b""))
-            status = source.path.stat()
-            self.sources[source.label] = {
-                "bytes": status.st_size,
-                "mtime_ns": status.st_mtime_ns,
-                "sha256": reader.sha256(),
-            }
+            self.used(source, before, reader.sha256())
         finally:
             reader.close()
         text = data.removeprefix(codecs.BOM_UTF8).decode("utf-8", "backslashreplace")
@@ -1230,7 +1250,7 @@ class _Ingest:
 
     # the end
 
-    def manifest(self, release: str, options: dict, logs: dict, tables: dict) -> dict:
+    def manifest(self, release: str, logs: dict, tables: dict) -> dict:
         connection = self.connection
         self.connection.execute(
             "COPY (SELECT * FROM quarantine ORDER BY file, line) TO"
@@ -1275,7 +1295,7 @@ class _Ingest:
         firsts = [part["first"] for part in logs.values() if part["first"]]
         lasts = [part["last"] for part in logs.values() if part["last"]]
         self.connection.close()
-        shutil.rmtree(self.spill)
+        shutil.rmtree(self.work)
         files = {
             str(path.relative_to(self.folder)): path.stat().st_size
             for path in sorted(self.folder.rglob("*"))
@@ -1285,7 +1305,7 @@ class _Ingest:
             "kind": STORE_KIND,
             "version": STORE_VERSION,
             "release": release,
-            "options": options,
+            "options": self.options,
             "buckets": self.buckets,
             "sources": self.sources,
             "logs": logs,
@@ -1366,11 +1386,14 @@ def _iso(moment: datetime | None) -> str | None:
 
 
 def _cells(line: str) -> list[str]:
-    return next(csv.reader([line.replace("\0", "\\x00")]), [])
+    try:
+        return [cell.strip() for cell in next(csv.reader([line.replace("\0", "\\x00")]), [])]
+    except csv.Error:
+        return []
 
 
 def _date(text: str) -> datetime | None:
-    """Return the moment written as MM/DD/YYYY HH:MM:SS, zero-padded, or None.
+    """Return the moment written as MM/DD/YYYY HH:MM:SS, zero-padded, of 2000-2099, or None.
 
     >>> _date("02/03/2010 04:05:06")
     datetime.datetime(2010, 2, 3, 4, 5, 6)
@@ -1378,7 +1401,7 @@ def _date(text: str) -> datetime | None:
     True
     """
     text = text.strip()
-    if not re.fullmatch(r"\d\d/\d\d/\d{4} \d\d:\d\d:\d\d", text, re.ASCII):
+    if not re.fullmatch(r"\d\d/\d\d/20\d\d \d\d:\d\d:\d\d", text, re.ASCII):
         return None
     try:
         return datetime.strptime(text, DATE_FORMAT)
@@ -1389,8 +1412,8 @@ def _date(text: str) -> datetime | None:
 def _insider_problem(cells: list[str], users: set[str]) -> str | None:
     if len(cells) != 6:
         return f"expected 6 columns, found {len(cells)}"
-    if not re.fullmatch(r"[1-9]", cells[1]):
-        return "scenario is not a number"
+    if cells[1] not in ("1", "2", "3"):
+        return "scenario is not 1, 2 or 3"
     if not re.fullmatch(_USER, cells[3]):
         return "user is not three capitals and four digits"
     if cells[3] in users:
@@ -1402,7 +1425,6 @@ def _insider_problem(cells: list[str], users: set[str]) -> str | None:
 
 
 def _answer_problem(cells: list[str]) -> str | None:
-    cells = [cell.strip() for cell in cells]
     if len(cells) < 6:
         return f"expected at least 6 columns, found {len(cells)}"
     if cells[0] not in LOGS:
@@ -1410,7 +1432,7 @@ def _answer_problem(cells: list[str]) -> str | None:
     if not re.fullmatch(r"\{[A-Z0-9]{4}-[A-Z0-9]{8}-[A-Z0-9]{8}\}", cells[1]):
         return "id is not of the form {A9A9-A9AA99AA-9999AAAA}"
     if _date(cells[2]) is None:
-        return "date is not MM/DD/YYYY HH:MM:SS"
+        return _DATE_REASON
     if not re.fullmatch(_USER, cells[3]):
         return "user is not three capitals and four digits"
     if not re.fullmatch(r"PC-\d{4}", cells[4], re.ASCII):
@@ -1457,7 +1479,7 @@ def ingest(
 
     A complete store of the same files (name, size, and time or hash) and options is returned as it
     is. Otherwise the store is built in a hidden sibling folder and takes the place of the old one
-    in one step: whatever happens, `store` is either the old one, whole, or the new one.
+    at the end: whatever happens, `store` is the old one, the new one, or absent, never half of one.
     `max_quarantine_share` (0-1) is the share of bad rows of a file above which the ingest stops;
     `allow_empty` accepts a log without rows; `buckets` (default 16, 4 for small folders) is the
     number of parts by account; `memory_limit` is DuckDB's, beside about 300 MB of this process.
@@ -1484,36 +1506,29 @@ def ingest(
         if progress:
             progress(f"{store}: complete and unchanged, used as it is")
         return ready
-    with _only_writer(store), _replacing(store) as folder:
-        work = _Ingest(
-            found,
-            folder,
-            memory_limit=memory_limit,
-            threads=threads,
-            share=max_quarantine_share,
-            allow_empty=allow_empty,
-            buckets=options["buckets"],
-            tell=progress,
-        )
-        try:
-            manifest = _fill(work, name, options)
-        except duckdb.OutOfMemoryException as error:
-            raise UserError(
-                f"memory_limit {memory_limit} is too small for this release; raise it. ({error})"
-            ) from error
-        except OSError as error:
-            raise UserError(f"{error.filename or store}: {error.strerror or error}.") from error
-        finally:
-            work.connection.close()
-        write_json(folder / "manifest.json", manifest)
+    try:
+        with _only_writer(store), _replacing(store) as folder:
+            connection = _connect(memory_limit, threads, folder / ".work" / "spill")
+            with contextlib.closing(connection):
+                work = _Ingest(found, folder, connection, options, progress)
+                manifest = _fill(work, name)
+            write_json(folder / "manifest.json", manifest)
+    except duckdb.OutOfMemoryException as error:
+        raise UserError(
+            f"memory_limit {memory_limit} is too small for this release; raise it. ({error})"
+        ) from error
+    except duckdb.IOException as error:
+        raise UserError(f"{store}: cannot be written: {error}") from error
+    except OSError as error:
+        raise UserError(f"{error.filename or store}: {error.strerror or error}.") from error
     return manifest
 
 
-def _fill(work: _Ingest, name: str, options: dict) -> dict:
+def _fill(work: _Ingest, name: str) -> dict:
     tables = {"ldap": work.ldap(), "psychometric": work.psychometric()}
     tables["insiders"], tables["answers"] = work.answers()
     logs = {log: work.log(log) for log in LOGS if log in work.found.logs}
-    return work.manifest(name, options, logs, tables)
+    return work.manifest(name, logs, tables)
 
 
 def _check_target(release: Path, store: Path) -> None:
