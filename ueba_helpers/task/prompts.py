@@ -14,22 +14,17 @@ What ranks items when a prompt must be shortened is visible in the prompt (kind 
 the truth. Refused: a budget that not even an empty day fits into.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import hmac
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote
 
+from ueba_helpers.data.windows import FEATURES, Evidence, Window
 from ueba_helpers.errors import UserError
-from ueba_helpers.task.verdicts import FEATURES, RISKS, format_section, render_verdict
-
-if TYPE_CHECKING:
-    from ueba_helpers.data.windows import Evidence, Window
+from ueba_helpers.task.verdicts import RISKS, format_section, render_verdict
 
 MAX_ITEMS = 12
 CITED = 3  # how many items, and features, a reference verdict names
@@ -43,16 +38,14 @@ _KIND_RANK = {"device": 4, "file": 4, "logon": 2, "email": 2, "http": 1, "logoff
 
 # The words that the study itself writes into details and facts; other text is a field of a log.
 _OWN_WORDS = """
-    own new pc host after hours weekend first time never usual rare more than before logon logoff
-    unlock unlocks device connect disconnect usb drive removable media open file files copy
-    copies copied mail mails web page pages site sites visit visits internal external competitor
-    recipients recipient to attachment attachments with big size kb mb job leak hack cloud social
-    news other night morning afternoon evening doc docx pdf xls xlsx ppt txt jpg png zip exe dll
-    office image archive program text no and in on of day days past
+    own other new pc no connect disconnect after before hours usual first time rare more than
+    recipients attachments internal external competitor job leak hack cloud social news
+    doc docx pdf xls xlsx ppt txt jpg png zip exe dll office image archive program text document
 """
 VOCABULARY = frozenset(_OWN_WORDS.split())
-_ROUTINE = frozenset({"own pc", "internal", "other", "news", "social", "usual", "morning",
-                      "afternoon", "usual hours"})
+_ROUTINE = frozenset({"own pc", "other pc", "usual"})
+_TELLING_DETAILS = {"leak": 20, "hack": 20, "exe": 15, "job": 10, "competitor": 10, "cloud": 5,
+                    "external": 2}
 _OWN_PC = "own pc"
 _WORD = re.compile(r"[a-z]+|x?[0-9]+(?:\.[0-9]+)?(?:kb|mb)?")
 _FORGED = re.compile(r"(?i)(?<![a-z0-9])(?:e|x|pc-?|a-)(?=[0-9])|(?i:a)(?=-[a-z2-7]{4}\b)")
@@ -103,7 +96,8 @@ def _phrase(text: str, *, joined: bool = False) -> str:
     """Return the study's own words as they are, and any other text escaped."""
     words = str(text).split(" ")
     if all(word in VOCABULARY or _number(word) for word in words):
-        return ("_" if joined else " ").join(words)
+        text = " ".join(words)
+        return re.sub(r"(?<=[a-z]) (?=[a-z])", "_", text) if joined else text
     return escape_field(text)
 
 
@@ -167,7 +161,12 @@ def item_line(item: Evidence, codes: dict[str, str]) -> str:
 def _codes(window: Window, pseudonym_key: str | None) -> tuple[str, dict[str, str]]:
     if pseudonym_key is not None:
         return account_code(window, pseudonym_key), host_codes(window)
-    return escape_field(window.user), {pc: escape_field(pc) for pc in host_codes(window)}
+    return _name(window.user), {pc: _name(pc) for pc in host_codes(window)}
+
+
+def _name(text: str) -> str:
+    plain = re.fullmatch(r"[A-Z]{3}[0-9]{4}|PC-[0-9]{1,5}", text)
+    return text if plain else escape_field(text)
 
 
 def _label(text: str) -> str:
@@ -217,8 +216,9 @@ def window_messages(window: Window, *, max_items: int = MAX_ITEMS,
 
 
 def informativeness(item: Evidence) -> int:
-    """Return how much an item shows beyond routine, from its visible kind and facts alone."""
-    return 10 * sum(fact not in _ROUTINE for fact in item.facts) + _KIND_RANK.get(item.kind, 1)
+    """Return how much an item shows beyond routine: from what its line shows, never the truth."""
+    odd = sum(fact not in _ROUTINE for fact in item.facts)
+    return 10 * odd + _TELLING_DETAILS.get(item.detail, 0) + _KIND_RANK.get(item.kind, 1)
 
 
 def keep_items(window: Window, max_items: int) -> Window:
@@ -302,17 +302,13 @@ def _reason(item: Evidence, codes: dict[str, str]) -> str:
 
 
 def _say_features(oracle: Sequence[str], said: str) -> list[str]:
-    known = [name for name in FEATURES if name in oracle]
-    usual = [name for name in known if name in USUAL_FEATURES]
-    odd = [name for name in known if name not in USUAL_FEATURES]
-    chosen = usual[:CITED] if said == "normal" else odd[:CITED]
-    spare = [*known, *FEATURES] if said != "normal" else [*usual, *FEATURES]
-    for name in spare:
-        if len(chosen) >= 2:
-            break
-        if name not in chosen:
-            chosen.append(name)
-    return sorted(chosen, key=FEATURES.index)
+    """Return two or three features that go with the said risk, in the oracle's order of telling."""
+    usual = [name for name in oracle if name in USUAL_FEATURES]
+    odd = [name for name in oracle if name not in USUAL_FEATURES]
+    first, second = (usual, []) if said == "normal" else (odd, usual)
+    chosen = first[:CITED] + second[: max(0, 2 - len(first))]
+    spare = [name for name in FEATURES if name not in chosen and name in USUAL_FEATURES]
+    return chosen + spare[: max(0, 2 - len(chosen))]
 
 
 def prompt_dataset(windows: Iterable[Window], *, max_items: int = MAX_ITEMS,

@@ -440,7 +440,7 @@ def broken_evidence_recall(completions: Sequence[Completion], *,
 # --- sets ----------------------------------------------------------------------------------------
 
 UEBA_TERMS: tuple[tuple[RewardFunction, float], ...] = (
-    (ueba_format, 1.0), (ueba_accuracy, 0.6), (ueba_evidence, 0.3), (ueba_basis, 0.1))
+    (ueba_format, 1.0), (ueba_accuracy, 0.65), (ueba_evidence, 0.25), (ueba_basis, 0.1))
 TRADITIONAL_TERMS: tuple[tuple[RewardFunction, float], ...] = (
     (accuracy_reward, 1.0), (format_reward, 0.5), (reasoning_reward, 0.5))
 BROKEN_REWARDS: dict[str, RewardFunction] = {

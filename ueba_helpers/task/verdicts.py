@@ -19,14 +19,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-# The vocabulary that a verdict may use.
-FEATURES = (
-    "usual_hours", "own_workstation", "usual_web", "usual_mail", "no_removable_media",
-    "usual_removable_media", "after_hours_logon", "new_workstation", "removable_media_new",
-    "removable_media_increase", "bulk_file_copy", "executable_copy", "job_search",
-    "competitor_mail", "external_attachments", "mass_mail", "leak_site", "hacking_tool",
-)
-RISKS = ("normal", "suspicious", "malicious")
+from ueba_helpers.data.windows import FEATURES, RISKS
+
 STYLES = ("evidence_first", "risk_first", "think")
 MAX_EVIDENCE = 8
 MIN_FEATURES, MAX_FEATURES = 2, 4
