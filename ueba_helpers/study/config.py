@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from ueba_helpers.errors import UserError
 from ueba_helpers.rl.settings import (
@@ -44,8 +45,8 @@ class SimulateSettings:
     def __post_init__(self):
         _require(len(self.insiders) == 3 and min(self.insiders) >= 0, "insiders", self.insiders,
                  "three counts of 0 and more (scenarios 1, 2, 3)")
-        _require(self.users >= 20 and self.users >= 2 * sum(self.insiders), "users", self.users,
-                 f"20 and more, and at least twice the insiders ({2 * sum(self.insiders)})")
+        _require(self.users >= 20 and self.users >= 3 * sum(self.insiders), "users", self.users,
+                 f"20 and more, and at least three times the insiders ({3 * sum(self.insiders)})")
         _require(self.days >= 60, "days", self.days,
                  "60 and more (40 days of history come before the first label)")
         _require(self.web_rate > 0, "web_rate", self.web_rate, "above 0")
@@ -136,7 +137,8 @@ class Profile:
     @property
     def needs_hub(self) -> bool:
         """Whether the policy is a model of the Hugging Face hub, so that the hub may be asked."""
-        return self.policy.name.count("/") == 1 and not self.policy.name.startswith((".", "/"))
+        name = self.policy.name
+        return name.count("/") == 1 and not name.startswith((".", "/")) and not Path(name).exists()
 
     def expected_seconds(self, stage: str) -> float:
         """Return the time one stage is expected to take, in seconds."""

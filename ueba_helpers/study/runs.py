@@ -104,11 +104,15 @@ def data_hash(chosen: Profile, *, seed: int, data: Path | str = "") -> str:
                         "r4.2 CSV files, or leave DATA empty to simulate one.")
     if not folder.is_dir():
         raise UserError(f"DATA: {folder} is a file. Give the folder that holds logon.csv.")
-    files = sorted(folder.rglob("*.csv"))
-    if not files:
+    places = [folder, folder.resolve().parent / "answers"]  # the key may lie beside the release
+    files = {f"{place.name}/{file.relative_to(place).as_posix()}" if place != folder
+             else file.relative_to(folder).as_posix(): file
+             for place in places for pattern in ("*.csv", "*.csv.gz")
+             for file in place.rglob(pattern)}
+    if not any("/" not in name for name in files):
         raise UserError(f"DATA: {folder} holds no CSV file. Give the folder that holds logon.csv "
                         "(unpack r4.2.tar.bz2 first).")
-    return content_hash({str(file.relative_to(folder)): file_fingerprint(file) for file in files})
+    return content_hash({name: file_fingerprint(files[name]) for name in sorted(files)})
 
 
 def study_folder(chosen: Profile, *, seed: int, data: Path | str, runs: Path | str) -> Path:
@@ -172,7 +176,7 @@ def provenance(*, data: str | None = None, simulated: bool = True) -> dict:
         "dirty": None if status is None else bool(status),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "versions": {name: version for name in _VERSIONS if (version := installed_version(name))},
+        "versions": package_versions(),
         "device": torch.cuda.get_device_name(0) if cuda else "cpu",
         "threads": torch.get_num_threads() if torch is not None
         else int(os.environ.get("OMP_NUM_THREADS") or available_cpus()),
@@ -180,6 +184,11 @@ def provenance(*, data: str | None = None, simulated: bool = True) -> dict:
         "data_hash": data,
         "simulated": simulated,
     }
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of the installed packages that numbers depend on."""
+    return {name: version for name in _VERSIONS if (version := installed_version(name))}
 
 
 def installed_version(name: str) -> str | None:

@@ -1,0 +1,112 @@
+"""Profiles: legal ones compose, impossible ones are refused by field and range."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+from ueba_helpers.errors import UserError
+from ueba_helpers.rl.settings import GRPOSettings, PPOSettings, RLSettings
+from ueba_helpers.study import config
+from ueba_helpers.study.config import PROFILES, EvaluationSettings, SimulateSettings, profile
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_every_profile_keeps_the_controlled_variables_equal(name):
+    chosen = profile(name)
+    for variable in RLSettings.controlled():
+        assert getattr(chosen.ppo, variable) == getattr(chosen.grpo, variable)
+
+
+def test_the_check_of_controlled_variables_rejects_an_unequal_pair():
+    chosen = profile("laptop")
+    with pytest.raises(UserError, match=r"learning_rate .* PPO has 0\.5 and GRPO"):
+        dataclasses.replace(chosen, ppo=dataclasses.replace(chosen.ppo, learning_rate=0.5))
+
+
+def test_ppo_and_grpo_differ_only_by_what_their_classes_add():
+    own = {field.name for field in dataclasses.fields(PPOSettings)} - set(RLSettings.controlled())
+    assert own == {"critic", "critic_learning_rate_ratio", "critic_warmup_steps", "gamma", "lam",
+                   "value_clip"}
+    assert {field.name for field in dataclasses.fields(GRPOSettings)} == set(
+        RLSettings.controlled())
+
+
+def test_an_unknown_profile_is_refused_with_the_legal_names():
+    with pytest.raises(UserError, match=r"'huge'.*smoke, laptop, gpu, gpu-large"):
+        profile("huge")
+
+
+@pytest.mark.parametrize(("settings", "values", "field"), [
+    (SimulateSettings, {"users": 10}, "users"),
+    (SimulateSettings, {"users": 30, "insiders": (5, 5, 1)}, "users"),
+    (SimulateSettings, {"days": 59}, "days"),
+    (SimulateSettings, {"web_rate": 0.0}, "web_rate"),
+    (SimulateSettings, {"hardness": 1.1}, "hardness"),
+    (SimulateSettings, {"insiders": (1, 2)}, "insiders"),
+    (config.WindowSettings, {"min_history": 31}, "min_history"),
+    (config.WindowSettings, {"deviation_share": 0.0}, "deviation_share"),
+    (EvaluationSettings, {"bootstrap": 0}, "bootstrap"),
+    (EvaluationSettings, {"base_rate": 1.0}, "base_rate"),
+    (EvaluationSettings, {"alert_budgets": ()}, "alert_budgets"),
+])
+def test_an_impossible_value_names_its_field_and_the_legal_range(settings, values, field):
+    with pytest.raises(UserError, match=f"^{field}=.*legal values are"):
+        settings(**values)
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_a_profile_becomes_json_and_its_plan_covers_every_stage(name):
+    chosen = profile(name)
+    assert json.loads(json.dumps(chosen.as_dict()))["policy"]["name"] == chosen.policy.name
+    from ueba_helpers.study.pipeline import DATA_STAGE, NOTEBOOKS
+
+    stages = {DATA_STAGE, *NOTEBOOKS}
+    assert set(chosen.minutes) - {"other"} <= stages
+    for stage in stages:
+        assert 0 < chosen.expected_seconds(stage) < chosen.limit_seconds(stage)
+
+
+def test_smoke_plans_at_most_four_minutes_and_laptop_at_most_twenty_five():
+    from ueba_helpers.study.pipeline import DATA_STAGE, NOTEBOOKS
+
+    for name, minutes in (("smoke", 4), ("laptop", 25)):
+        assert sum(profile(name).expected_seconds(stage)
+                   for stage in (DATA_STAGE, *NOTEBOOKS)) <= 60 * minutes
+
+
+def test_only_hub_models_need_the_hub_and_only_gpu_profiles_a_gpu(tmp_path, monkeypatch):
+    assert {name for name in PROFILES if profile(name).needs_hub} == {"gpu", "gpu-large"}
+    assert {name for name in PROFILES if profile(name).needs_gpu} == {"gpu", "gpu-large"}
+    chosen = profile("laptop")
+    named = dataclasses.replace(chosen, policy=dataclasses.replace(chosen.policy,
+                                                                   name="runs/policy"))
+    assert named.needs_hub  # as good as any owner/name
+    (tmp_path / "runs" / "policy").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert not named.needs_hub  # a checkpoint on this machine
+
+
+def test_a_gpu_profile_without_a_gpu_says_all_that_is_missing(monkeypatch):
+    class NoCuda:
+        class cuda:
+            @staticmethod
+            def is_available():
+                return False
+
+    monkeypatch.setattr(config.importlib, "import_module", lambda name: NoCuda)
+    monkeypatch.setattr(config.importlib.util, "find_spec",
+                        lambda name: object() if name == "torch" else None)
+    with pytest.raises(UserError) as refusal:
+        config.check_device(profile("gpu"))
+    for missing in ("Qwen/Qwen3-4B-Instruct-2507", "CUDA device", "package unsloth",
+                    "bitsandbytes", "--profile laptop"):
+        assert missing in str(refusal.value)
+
+
+def test_checking_a_cpu_profile_imports_no_torch():
+    code = ("import sys; from ueba_helpers.study.config import *; "
+            "check_device(profile('laptop')); sys.exit('torch' in sys.modules)")
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
