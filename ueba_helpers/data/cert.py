@@ -601,10 +601,16 @@ def _cut_header(reader: _Reader, source: _Source) -> tuple[bytes, bytes]:
 
 @dataclass
 class _Block:
+    """Whole lines of a file; `too_long` marks the beginning of one line that is not kept whole."""
+
     data: bytes
     first_line: int
     ended: bool = True
     too_long: bool = False
+
+    @property
+    def n_lines(self) -> int:
+        return 1 if self.too_long else self.data.count(b"\n") + (not self.ended)
 
 
 def _blocks(reader: _Reader, rest: bytes, first_line: int) -> Iterator[_Block]:
@@ -620,17 +626,18 @@ def _blocks(reader: _Reader, rest: bytes, first_line: int) -> Iterator[_Block]:
         rest += data
         cut = rest.rfind(b"\n") + 1
         if cut:
-            block, rest = rest[:cut], rest[cut:]
-            yield _Block(block, line)
-            line += block.count(b"\n")
+            block, rest = _Block(rest[:cut], line), rest[cut:]
+            yield block
+            line += block.n_lines
         if len(rest) > MAX_LINE_BYTES:
             head, rest, ended = _skip_line(reader, rest)
             yield _Block(head, line, ended=ended, too_long=True)
             line += 1
     cut = rest.rfind(b"\n") + 1
     if cut:
-        yield _Block(rest[:cut], line)
-        line += rest[:cut].count(b"\n")
+        block = _Block(rest[:cut], line)
+        yield block
+        line += block.n_lines
     if rest[cut:]:
         yield _Block(rest[cut:], line, ended=False)
 
@@ -798,9 +805,9 @@ class _Scan:
         try:
             _, rest = _cut_header(reader, self.source)
             for block in _blocks(reader, rest, 2):
-                for batch in _batches(block, self.table):
-                    self.rows += batch.num_rows
-                    yield batch
+                # Counted from the bytes, not from the batches: what is lost on the way shows.
+                self.rows += block.n_lines
+                yield from _batches(block, self.table)
                 self.unended = self.unended or not block.ended
                 now = time.monotonic()
                 if self.progress and now - told > 2:
@@ -914,6 +921,8 @@ class _Ingest:
         self.warnings = list(found.warnings)
         self.sources: dict[str, dict] = {}
         self.connection.execute("SET preserve_insertion_order = false")
+        # Each thread holds this many rows back for each part; the default fills the memory.
+        self.connection.execute("SET partitioned_write_flush_threshold = 20000")
         self.connection.execute(
             "CREATE TABLE quarantine (file VARCHAR, line BIGINT, reason VARCHAR, text VARCHAR)"
         )
