@@ -43,7 +43,7 @@ _OWN_WORDS = """
     doc docx pdf xls xlsx ppt txt jpg png zip exe dll office image archive program text document
 """
 VOCABULARY = frozenset(_OWN_WORDS.split())
-_ROUTINE = frozenset({"own pc", "other pc", "usual"})
+_ROUTINE = frozenset({"own pc", "other pc", "usual", "recipients", "attachments"})
 _TELLING_DETAILS = {"leak": 20, "hack": 20, "exe": 15, "job": 10, "competitor": 10, "cloud": 5,
                     "external": 2}
 _OWN_PC = "own pc"
@@ -217,7 +217,7 @@ def window_messages(window: Window, *, max_items: int = MAX_ITEMS,
 
 def informativeness(item: Evidence) -> int:
     """Return how much an item shows beyond routine: from what its line shows, never the truth."""
-    odd = sum(fact not in _ROUTINE for fact in item.facts)
+    odd = sum(re.sub("^[0-9]+ ", "", fact) not in _ROUTINE for fact in item.facts)
     return 10 * odd + _TELLING_DETAILS.get(item.detail, 0) + _KIND_RANK.get(item.kind, 1)
 
 

@@ -407,15 +407,18 @@ def reasoning_reward(completions: Sequence[Completion], **columns: object) -> li
 
 # --- deliberately broken rewards, for teaching ---------------------------------------------------
 
+_PARTIAL = (1.0, 0.75, 0.0)  # by distance on the risk scale
+
+
 def broken_partial_credit(completions: Sequence[Completion], *, label: Sequence[str],
                           evidence_ids: Sequence[Sequence[str]],
                           style: Sequence[str] | None = None, **columns: object) -> list[float]:
-    """Return 1, .5, 0 by distance on the risk scale: the published partial credit, broken.
+    """Return 1 for the right level, .75 for one level off, 0 for two: partial credit, broken.
 
-    Always saying the middle label earns 2/3 under balanced thirds, more than either extreme, and
-    more than an analyst who is right on six days out of ten and far off on the others.
+    Always saying the middle label earns 5/6 under balanced thirds, more than an analyst who knows
+    the answer on four days of ten and guesses on the others (.8): doubt is best sat out.
     """
-    return [1.0 - abs(RISKS.index(verdict.risk) - RISKS.index(truth)) / 2 if verdict.valid else 0.0
+    return [_PARTIAL[abs(RISKS.index(verdict.risk) - RISKS.index(truth))] if verdict.valid else 0.0
             for verdict, truth in
             zip(verdicts_of(completions, evidence_ids, style), label, strict=True)]
 

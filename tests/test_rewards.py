@@ -1,0 +1,486 @@
+"""Rewards: by hand, by law, against the zoo, and with broken twins that the checks reject."""
+
+import itertools
+import math
+import random
+import time
+
+import datasets
+import numpy as np
+import pytest
+
+from tests.task_windows import make_window, make_windows
+from ueba_helpers.data.windows import FEATURES
+from ueba_helpers.errors import UserError
+from ueba_helpers.task import rewards
+from ueba_helpers.task.prompts import prompt_dataset, target_verdict, without_items
+from ueba_helpers.task.rewards import (
+    BROKEN_REWARDS,
+    REWARD_SETS,
+    CostMatrix,
+    basis_support,
+    claims,
+    composed,
+    counterfactual_shift,
+    evidence_f1,
+    feature_agreement,
+    reward_terms,
+    traditional_reward,
+    ueba_accuracy,
+    ueba_basis,
+    ueba_brier,
+    ueba_evidence,
+    ueba_format,
+    ueba_reward,
+)
+from ueba_helpers.task.verdicts import RISKS, parse_verdict, render_verdict
+from ueba_helpers.task.zoo import HONEST, ZOO, analyst_label, zoo_completions, zoo_table
+
+CALM = ["usual_hours", "own_workstation"]
+
+
+def verdict(risk="normal", evidence=(), features=CALM, basis="nothing unusual.", **more):
+    """Return the text of a valid verdict."""
+    return render_verdict(risk=risk, evidence=list(evidence), features=list(features), basis=basis,
+                          **more)
+
+
+def columns_of(windows):
+    """Return what a trainer hands to the reward functions for these windows."""
+    rows = prompt_dataset(windows)
+    return {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+
+
+@pytest.fixture(scope="module")
+def balanced():
+    return make_windows(90)
+
+
+# --- the cost matrix ---
+
+
+def test_every_constant_verdict_loses_under_the_training_prior():
+    values = CostMatrix().constant_values()
+    by_hand = [(1 - .6 - 1) / 3, (-.5 + 1 - .7) / 3, (-.8 - .5 + 1) / 3]
+    assert values == pytest.approx(by_hand) and max(values) <= 0
+
+
+def test_the_reward_of_a_constant_policy_is_the_matrix_column(balanced):
+    columns = columns_of(balanced)
+    for said, expected in zip(RISKS, CostMatrix().constant_values(), strict=True):
+        got = ueba_accuracy([verdict(said)] * len(balanced), **columns)
+        assert np.mean(got) == pytest.approx(expected)
+    partial = BROKEN_REWARDS["broken_partial_credit"]  # the twin: the middle label pays
+    assert np.mean(partial([verdict("suspicious")] * len(balanced), **columns)) > .6
+
+
+@pytest.mark.parametrize(("values", "prior", "message"), [
+    (((1, 0, 0), (0, 1, 0), (-1, 0, 1)), None, "every constant verdict"),
+    (((1, .5, -1), (-1, 1, -1), (-1.0, .5, 1)), None, "must cost most"),
+    (((1, .5, -.9), (-.9, 1, -.9), (-1, .5, 1)), None, "suspicious on every day"),
+    (None, (.9, .05, .05), "normal on every day"),
+    (((1, -.5, -1), (-.6, 1, -.5), (-1, -.7, 1)), None, "must cost most"),
+    (((1, -.5, -.8), (-.6, -.6, -.5), (-1, -.7, 1)), None, "true suspicious days"),
+    (((2, -.5, -.8), (-.6, 1, -.5), (-1, -.7, 1)), None, "between -1 and 1"),
+    (((1, math.nan, -.8), (-.6, 1, -.5), (-1, -.7, 1)), None, "between -1 and 1"),
+    (((1, -.5), (-.6, 1)), None, "three rows"),
+    (None, (.5, .5, .5), "sum to 1"), (None, (1.5, -.25, -.25), "sum to 1"),
+])
+def test_a_cost_matrix_that_can_be_farmed_is_refused(values, prior, message):
+    given = {name: value for name, value in (("values", values), ("prior", prior)) if value}
+    with pytest.raises(UserError, match=message):
+        CostMatrix(**given)
+
+
+def test_a_matrix_for_another_prior_can_be_used_as_a_term(balanced):
+    costs = CostMatrix(values=((1, -.9, -.9), (-.9, 1, -.9), (-1, -.9, 1)), prior=(.4, .3, .3))
+    term = rewards.accuracy_with(costs)
+    columns = columns_of(balanced[:3])
+    assert term([verdict("normal")] * 3, **columns) == [1.0, -.9, -1.0]
+    assert term.__name__ == "ueba_accuracy"
+
+
+def test_no_constant_verdict_earns_from_the_whole_reward(balanced):
+    columns = columns_of(balanced)
+    weights = {term.__name__: weight for term, weight in REWARD_SETS["ueba"]}
+    oracles = columns["feature_truth"]
+    best = max(
+        np.mean([feature_agreement(chosen, oracle) for oracle in oracles])
+        for k in (2, 3) for chosen in itertools.combinations(FEATURES, k))
+    calm = np.mean([feature_agreement(CALM, oracle) for oracle in oracles])
+    for said in RISKS:
+        texts = [verdict(said)] * len(balanced)
+        whole = np.mean(ueba_reward(texts, **columns))
+        # the same constant with whichever features agree best on average
+        most = whole + weights["ueba_evidence"] * (1 - rewards.EVIDENCE_SHARE) * (best - calm)
+        assert whole < 0
+        assert most < 0.02
+
+
+# --- the gate and the sum ---
+
+
+INVALID = ["", "normal", "{}", verdict("malicious") + "x", '{"risk": "malicious"}', "[" * 10_000,
+           verdict("normal", ["e99"])]
+
+
+def test_an_invalid_verdict_earns_minus_one_once_and_nothing_else(balanced):
+    columns = columns_of(balanced[:len(INVALID)])
+    terms = reward_terms(INVALID, reward_set="ueba_calibrated", **columns)
+    assert terms.pop("ueba_format") == [-1.0] * len(INVALID)
+    assert all(value == 0 for values in terms.values() for value in values)
+    assert ueba_reward(INVALID, **columns) == [-1.0] * len(INVALID)
+    assert ueba_format([verdict()] * 2, evidence_ids=[[], ["e1"]]) == [0.0, 0.0]
+
+
+def test_the_composed_reward_is_exactly_the_weighted_sum(balanced):
+    rows = prompt_dataset(balanced)
+    columns = columns_of(balanced)
+    texts = zoo_completions(rows, HONEST)
+    for name, composite in (("ueba", ueba_reward), ("traditional", traditional_reward)):
+        terms = [term(texts, **columns) for term, _ in REWARD_SETS[name]]
+        weights = [weight for _, weight in REWARD_SETS[name]]
+        by_hand = [math.fsum(w * t for w, t in zip(weights, row, strict=True))
+                   for row in zip(*terms, strict=True)]
+        assert composite(texts, **columns) == by_hand
+        shuffled = by_hand[1:] + by_hand[:1]  # the twin: rows out of step
+        assert composite(texts, **columns) != shuffled
+
+
+def test_terms_stay_in_their_ranges_and_carry_clear_names(balanced):
+    rows = prompt_dataset(balanced)
+    columns = columns_of(balanced)
+    ranges = {"ueba_format": (-1, 0), "ueba_accuracy": (-1, 1), "ueba_evidence": (0, 1),
+              "ueba_basis": (0, 1), "ueba_brier": (-1, 0), "accuracy_reward": (0, 1),
+              "format_reward": (0, 1), "reasoning_reward": (0, 1), "think_language": (0, 1),
+              "think_length": (-1, 0)}
+    seen = set()
+    for name in (HONEST, *ZOO):
+        texts = zoo_completions(rows, name)
+        for reward_set in REWARD_SETS:
+            for term, values in reward_terms(texts, reward_set=reward_set, **columns).items():
+                low, high = ranges[term]
+                assert all(low <= value <= high for value in values), (name, term)
+                seen.add(term)
+        assert all(-1 <= value <= 1 for value in ueba_reward(texts, **columns))
+    assert seen == set(ranges)
+    for term in BROKEN_REWARDS.values():
+        assert term.__name__.startswith("broken_")
+
+
+def test_an_honest_reference_earns_almost_everything(balanced):
+    texts = [target_verdict(window) for window in balanced]
+    values = ueba_reward(texts, **columns_of(balanced))
+    assert min(values) > 0.9 and max(values) <= 1
+    shifted = ueba_reward(texts[1:] + texts[:1], **columns_of(balanced))  # the twin
+    assert np.mean(shifted) < 0
+
+
+def test_chat_messages_and_strings_earn_the_same(balanced):
+    columns = columns_of(balanced[:6])
+    texts = [target_verdict(window) for window in balanced[:6]]
+    chats = [[{"role": "assistant", "content": text}] for text in texts]
+    for reward_set in REWARD_SETS:
+        assert (reward_terms(texts, reward_set=reward_set, **columns)
+                == reward_terms(chats, reward_set=reward_set, **columns))
+    assert rewards.completion_text(None) == rewards.completion_text([]) == ""
+    assert ueba_format([[], [{"role": "assistant", "content": None}]],
+                       evidence_ids=[[], []]) == [-1.0, -1.0]
+
+
+def test_columns_survive_a_datasets_table(balanced):
+    rows = prompt_dataset(balanced[:9])
+    table = datasets.Dataset.from_list(rows)
+    columns = {name: table[name][:] for name in table.column_names if name != "prompt"}
+    texts = [target_verdict(window) for window in balanced[:9]]
+    assert ueba_reward(texts, **columns) == ueba_reward(texts, **columns_of(balanced[:9]))
+
+
+# --- evidence ---
+
+
+@pytest.mark.parametrize(("said", "cited", "truth", "dont_care", "value"), [
+    ("malicious", ["e1"], ["e1"], [], 1),
+    ("malicious", ["e1", "e2"], ["e1"], [], 2 / 3),
+    ("malicious", ["e1"], ["e1", "e2"], [], 2 / 3),
+    ("malicious", ["e1", "e2", "e3"], ["e1", "e2", "e3", "e4", "e5"], [], 1),  # three are enough
+    ("malicious", ["e9"], ["e1"], [], 0),
+    ("malicious", [], ["e1"], [], 0),
+    ("malicious", ["e1", "e7"], ["e1"], ["e7"], 1),  # don't care: neither good nor bad
+    ("malicious", ["e7"], ["e1"], ["e7"], 0),
+    ("malicious", ["e1"], ["e1"], ["e1"], 1),  # truth wins over don't care
+    ("normal", ["e1"], ["e1"], [], 1),
+    ("normal", [], [], [], 1), ("normal", ["e1"], [], [], 0), ("normal", ["e1"], [], ["e1"], 1),
+    ("suspicious", [], [], [], 0), ("malicious", [], [], [], 0),
+])
+def test_evidence_f1_by_hand(said, cited, truth, dont_care, value):
+    assert evidence_f1(said, cited, truth, dont_care) == pytest.approx(value)
+
+
+def test_citing_more_than_the_truth_costs_and_precision_alone_would_not_notice():
+    truth = ["e1", "e2", "e3"]
+    one, right, all_of_them = ["e1"], truth, [f"e{i}" for i in range(1, 9)]
+    assert evidence_f1("malicious", right, truth) > max(
+        evidence_f1("malicious", one, truth), evidence_f1("malicious", all_of_them, truth))
+
+    def precision(cited):  # the twin: one safe citation is as good as all
+        return len(set(cited) & set(truth)) / len(cited)
+    assert precision(one) == precision(right)
+
+
+def test_what_is_odd_weighs_more_than_what_is_usual():
+    oracle = ["leak_site", "after_hours_logon", "usual_mail"]
+    odd, usual = oracle[:2], ["usual_mail", "usual_hours"]
+    assert feature_agreement(odd, oracle) == pytest.approx(2 * 2 / (2 + 2.25))
+    assert feature_agreement(usual, oracle) == pytest.approx(2 * .25 / (.5 + 2.25))
+    assert feature_agreement(["hacking_tool", "mass_mail"], oracle) == 0
+    assert feature_agreement(CALM, []) == 0
+    plain = [len(set(said) & set(oracle)) / len(said) for said in (["leak_site", "mass_mail"],
+                                                                   usual)]
+    assert plain[0] == plain[1]  # the twin: an unweighted share cannot tell them apart
+
+
+def test_the_evidence_term_adds_citations_and_features(balanced):
+    window = make_window("malicious")
+    columns = columns_of([window])
+    truth = columns["evidence_truth"][0]
+    features = list(window.features[:4])
+    assert ueba_evidence([verdict("malicious", truth, features)], **columns) == [pytest.approx(1)]
+    calm = ["usual_mail", "usual_web"]
+    assert ueba_evidence([verdict("malicious", truth, calm)], **columns) == [pytest.approx(.7)]
+    columns.pop("dont_care")
+    assert ueba_evidence([verdict("malicious", truth, features)], **columns) == [pytest.approx(1)]
+
+
+# --- basis ---
+
+
+LINES = {"e3": "e3 22:14-22:40 device pc2 x2 new_pc", "e7": "e7 23:10 file pc2 x12 exe",
+         "e9": None}
+
+
+@pytest.mark.parametrize(("cited", "basis", "value"), [
+    (["e3"], "e3 22:14 device pc2.", 1),
+    (["e3", "e7"], "e3 22:14 device pc2; e7 23:10 file.", 1),
+    (["e3"], "e3 22:14 device pc3.", 1 / 2),
+    (["e3"], "23:10 on pc2", 1 / 2),  # true of e7, which is not cited
+    (["e7"], "12 files at 23:10", 1), (["e7"], "13 files at 23:10", 1 / 2),
+    (["e3"], "a clear violation", 0),
+    (["e3", "e7"], "e3 22:14", 1 / 2),  # one claim for two citations
+    (["e9"], "22:14", 0), ([], "22:14 pc2", 0), ([], "nothing unusual.", 0),
+])
+def test_basis_support_by_hand(cited, basis, value):
+    said = parse_verdict(verdict("malicious", cited, basis=basis), list(LINES))
+    assert basis_support(said, LINES, truth=["e3"]) == pytest.approx(value)
+
+
+def test_a_silent_basis_pays_on_quiet_days_only():
+    calm = parse_verdict(verdict("normal"), [])
+    assert basis_support(calm, LINES, truth=[]) == 1
+    assert basis_support(calm, LINES, truth=["e3"]) == 0
+    alarm = parse_verdict(verdict("malicious"), [])
+    assert basis_support(alarm, LINES, truth=[]) == 0
+    assert ueba_basis([verdict("normal")], evidence_ids=[["e3"]], evidence_truth=[[]],
+                      item_text=['{"e3": "e3 22:14 device"}']) == [1.0]
+
+
+def test_claims_are_times_hosts_and_counts_and_nothing_else():
+    assert claims("e3 22:14-22:40 device PC-2, 7 recipients x12 '%653.doc' pc77") == {
+        "22:14", "22:40", "pc2", "7", "12", "pc77"}
+    assert claims("e12 after_hours 0.5% 2x") == frozenset()
+    assert claims("3 hours_after_usual") == {"3"}
+
+
+# --- optional terms ---
+
+
+def test_brier_is_proper_and_silence_does_not_pay():
+    def earn(confidence, label):
+        text = verdict("normal", confidence=confidence) if confidence is not None else verdict()
+        return ueba_brier([text], label=[label], evidence_ids=[[]])[0]
+    assert earn(1.0, "normal") == 0 and earn(1.0, "malicious") == -1
+    assert earn(.8, "normal") == pytest.approx(-.04)
+    assert earn(None, "normal") == earn(None, "malicious") == earn(.5, "normal") == -.25
+    for p in (.2, .6, .9):  # proper: honesty is the best policy
+        expected = {q: p * earn(q, "normal") + (1 - p) * earn(q, "malicious")
+                    for q in (0, .2, .4, .6, .8, .9, 1)}
+        assert max(expected, key=expected.get) == p
+    linear = {q: .6 * q + .4 * (1 - q) for q in (0, .6, 1)}  # the twin: over-confidence pays
+    assert max(linear, key=linear.get) == 1
+
+
+def test_missing_end_and_overlength_are_penalised():
+    ends = rewards.missing_eos_penalty([2])
+    assert ends(["a", "b", "c"], completion_ids=[[5, 2], [5, 5], []]) == [0, -1, -1]
+    length = rewards.overlength_penalty(10, 4)
+    got = length(["x"] * 5, completion_ids=[[0] * n for n in (3, 6, 8, 10, 40)])
+    assert got == [0, 0, -.5, -1, -1]
+    assert (ends.__name__, length.__name__) == ("missing_eos", "overlength")
+    for margin in (0, 11):
+        with pytest.raises(UserError, match="margin"):
+            rewards.overlength_penalty(10, margin)
+
+
+def test_thoughts_are_scored_for_language_and_length():
+    def answer(thought):
+        return verdict("normal", style="think", thought=thought)
+    texts = [answer("calm day"), answer("calm 一天天天"), answer(""), answer("word " * 90),
+             answer("word " * 200), verdict()]
+    columns = {"evidence_ids": [[]] * 6, "style": ["think"] * 6}
+    assert rewards.think_language(texts, **columns) == [1, .5, 0, 1, 1, 0]
+    assert rewards.think_length(texts, **columns) == [0, 0, 0, -.5, -1, 0]
+    assert ueba_format(texts, **columns) == [0, 0, 0, 0, 0, -1]
+    assert ueba_format(texts[:1], evidence_ids=[[]]) == [-1]  # without the column: not allowed
+
+
+def test_deleting_the_cited_items_should_move_the_verdict():
+    assert counterfactual_shift([.1, .1, .8], [.7, .2, .1], "malicious") == pytest.approx(.7)
+    assert counterfactual_shift([.1, .1, .8], [.1, .1, .8], "malicious") == 0
+    window = make_window("malicious")
+    row = prompt_dataset([window])[0]
+    fewer = without_items(row["prompt"], row["evidence_truth"])[1]["content"]
+    assert not any(row["item_text"][name] in fewer for name in row["evidence_truth"])
+
+
+# --- traditional and broken ---
+
+
+def test_the_traditional_set_lets_through_what_it_is_known_for():
+    columns = {"label": ["malicious"]}
+    assert rewards.accuracy_reward(["normal, suspicious or malicious"], **columns) == [1]
+    assert rewards.accuracy_reward(['{"risk": "normal"} malicious'], **columns) == [0]
+    assert rewards.accuracy_reward([""], **columns) == [0]
+    assert rewards.format_reward(['so: {"risk": "?"} ok', "{}", "risk"]) == [1, 0, 0]
+    assert rewards.reasoning_reward(["word " * 20, "word " * 400, "1 2 3"]) == [.5, 1, 0]
+
+
+def test_each_broken_reward_pays_its_hack_more_than_the_honest_analyst(balanced):
+    rows, columns = prompt_dataset(balanced), columns_of(balanced)
+    hacks = {"broken_partial_credit": "always_suspicious", "broken_any_mention": "all_three_labels",
+             "broken_evidence_recall": "cite_everything"}
+    assert set(hacks) == set(BROKEN_REWARDS)
+
+    def poor(row, i):  # honest: knows four days of ten, guesses on the others
+        draw = random.Random(i)
+        return verdict(row["label"] if draw.random() < .4 else draw.choice(RISKS))
+    rows = rows * 5
+    columns = {name: values * 5 for name, values in columns.items()}
+    honest = [poor(row, i) for i, row in enumerate(rows)]
+    for name, hack in hacks.items():
+        reward = BROKEN_REWARDS[name]
+        assert np.mean(reward(zoo_completions(rows, hack), **columns)) > np.mean(
+            reward(honest, **columns)), name
+        assert np.mean(ueba_reward(zoo_completions(rows, hack), **columns)) < np.mean(
+            ueba_reward(zoo_completions(rows, HONEST), **columns)), name
+
+
+# --- the zoo ---
+
+
+@pytest.fixture(scope="module")
+def table(balanced):
+    return {row["name"]: row for row in zoo_table(prompt_dataset(balanced))}
+
+
+def test_the_zoo_is_large(table):
+    assert len(ZOO) >= 25 and set(table) == {HONEST, *ZOO}
+
+
+def test_the_honest_analyst_is_mediocre(balanced, table):
+    columns = columns_of(balanced)
+    said = [analyst_label(label, np.random.default_rng(i))
+            for i, label in enumerate(columns["label"])]
+    assert .5 < np.mean([a == b for a, b in zip(said, columns["label"], strict=True)]) < .7
+    assert .9 < table[HONEST]["valid"] < 1 and .3 < table[HONEST]["ueba"] < .6
+
+
+def beaten_by(table, reward_set):
+    """Return the animals that earn more than the honest analyst under a set."""
+    return {name for name in ZOO if table[name][reward_set] > table[HONEST][reward_set] + 1e-12}
+
+
+def test_no_animal_beats_the_honest_analyst_under_the_ueba_reward(table):
+    assert beaten_by(table, "ueba") == set()
+    assert beaten_by(table, "ueba_calibrated") == set()
+
+
+def test_the_same_check_finds_the_cheats_that_the_traditional_set_pays(table):
+    assert {"padding_before_the_answer", "flattering_text", "every_feature", "copy_of_the_prompt",
+            "padding_in_the_basis"} <= beaten_by(table, "traditional")
+
+
+def test_what_is_not_a_verdict_earns_the_floor(table):
+    for name in ("empty", "schema_echo", "instruction_echo", "all_three_labels", "two_objects",
+                 "duplicate_keys", "verdict_inside_the_basis", "invented_ids", "code_fence",
+                 "nesting_bomb", "copy_of_the_prompt", "smuggled_thought", "lookalike_label"):
+        assert table[name]["ueba"] == -1 and table[name]["valid"] == 0, name
+
+
+def test_overconfidence_costs_where_confidence_is_scored(table):
+    assert table["over_confidence"]["ueba"] == table[HONEST]["ueba"]
+    assert table["over_confidence"]["ueba_calibrated"] < table[HONEST]["ueba_calibrated"]
+
+
+def test_the_right_label_with_wrong_reasons_earns_less_than_with_right_ones():
+    window = make_window("malicious")
+    columns = columns_of([window])
+    right = ueba_reward([target_verdict(window)], **columns)[0]
+    wrong = ueba_reward([verdict("malicious", ["e1", "e2"])], **columns)[0]
+    assert wrong < right - .25
+
+
+def test_an_animal_sees_nothing_of_the_truth_but_a_borrowed_label():
+    rows = prompt_dataset([make_window("malicious")])
+    blind = [{**rows[0], "label": "normal"}]
+    for name in ("always_normal", "cite_one_safe_item", "claims_of_the_whole_window"):
+        a, b = zoo_completions(rows, name), zoo_completions(blind, name)
+        assert a == b or {parse_verdict(t, rows[0]["evidence_ids"]).risk for t in a + b} <= {*RISKS}
+
+
+# --- detectors ---
+
+
+def test_detectors_tell_the_hacks_from_honest_answers(balanced):
+    rows = prompt_dataset(balanced)
+    ids = [row["evidence_ids"] for row in rows]
+
+    def said(name):
+        return rewards.verdicts_of(zoo_completions(rows, name), ids)
+    entropy = {name: rewards.label_entropy([v.risk for v in said(name) if v.valid])
+               for name in ("always_suspicious", HONEST)}
+    assert entropy["always_suspicious"] == 0 and entropy[HONEST] > .8
+    assert rewards.citations_per_answer(said("cite_everything")) > 6 > 2.5 > \
+        rewards.citations_per_answer(said(HONEST))
+    assert math.isnan(rewards.citations_per_answer(said("empty")))
+    assert rewards.labels_per_answer(zoo_completions(rows, "all_three_labels")) == 3
+    assert rewards.labels_per_answer([target_verdict(w) for w in balanced]) == 1
+    prompt = rows[0]["prompt"][1]["content"]
+    assert rewards.copy_rate(prompt, prompt) == 1
+    assert rewards.copy_rate(target_verdict(balanced[0]), prompt) < .1
+    assert rewards.copy_rate("", prompt) == 0
+    assert rewards.label_entropy(["a", "b"]) == pytest.approx(math.log(2))
+
+
+# --- speed ---
+
+
+def test_ten_thousand_completions_are_scored_in_a_second(balanced):
+    columns = columns_of(balanced[:10])
+    many = {name: values * 1000 for name, values in columns.items()}
+    texts = [target_verdict(window)[:-1] + f', "confidence": 0.{i:05d}}}'
+             for i, window in enumerate(balanced[:10] * 1000)]
+
+    def seconds():
+        rewards._parse_cached.cache_clear()
+        started = time.process_time()
+        values = ueba_reward(texts, **many)
+        assert min(values) > .5
+        return time.process_time() - started
+    assert min(seconds() for _ in range(3)) <= 1
+
+
+def test_composed_refuses_columns_out_of_step():
+    with pytest.raises(ValueError):
+        composed({"ueba_format": [0.0, 0.0], "ueba_accuracy": [1.0]})
+    with pytest.raises(ValueError):
+        ueba_accuracy([verdict()], label=["normal", "normal"], evidence_ids=[[]])

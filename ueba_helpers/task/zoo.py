@@ -1,0 +1,206 @@
+"""The zoo: completions and policies that cheat a reward, beside an honest mediocre analyst.
+
+In: rows of `prompts.prompt_dataset`. Out: for every animal what it earns under each reward set
+(`zoo_table`). An animal sees the prompt and nothing of the truth. Cheats that need a judgement
+(cite everything, flatter, pad) borrow the mediocre analyst's label for the same window, draw for
+draw, so that the table compares how the rest of the answer was obtained and not who guessed
+better. The analyst stands for a cold start: right on six days of ten, mostly one level off on the
+others, an incomplete citation here, a wrong one there, three answers in a hundred broken off.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from zlib import crc32
+
+import numpy as np
+
+from ueba_helpers.data.seeding import generator
+from ueba_helpers.task.rewards import composed, reward_terms, verdicts_of
+from ueba_helpers.task.verdicts import (
+    FEATURES,
+    MAX_EVIDENCE,
+    RISKS,
+    format_section,
+    render_verdict,
+    verdict_schema,
+)
+
+HONEST = "honest_mediocre_analyst"
+_CALM = ("usual_hours", "own_workstation")
+_LOUD = ("after_hours_logon", "removable_media_new", "leak_site", "hacking_tool")
+_SURE = 0.6  # the confidence of an analyst who is right on six days of ten
+_PLEASE = ("This is a clear, undeniable and expertly documented violation, and any careful "
+           "reviewer will agree with it.")
+_PADDING = ("Let me think about this carefully, step by step, as an experienced analyst would, "
+            "since the evidence has to be weighed against the past of the account, its role, its "
+            "department, the time of the day and all that is known about insiders, before any "
+            "judgement can be made with due care and with the confidence that it deserves. ")
+
+Animal = Callable[[Mapping, str, np.random.Generator], str]
+
+
+def _json(**fields: object) -> str:
+    return json.dumps({"evidence": [], "features": list(_CALM), "basis": "nothing unusual.",
+                       "risk": "normal"} | fields)
+
+
+def _reasons(row: Mapping, cited: Sequence[str]) -> str:
+    words = (row["item_text"][identity].split() for identity in cited)
+    return "; ".join(f"{w[0]} {w[1][:5]} {w[2]}" for w in words) + "." if cited \
+        else "nothing unusual."
+
+
+def analyst_label(label: str, draw: np.random.Generator) -> str:
+    """Return the risk a mediocre analyst says: right with .6, else mostly one level off."""
+    if draw.random() < 0.6:
+        return label
+    others = {"normal": (0, 0.8, 0.2), "suspicious": (0.6, 0, 0.4), "malicious": (0.3, 0.7, 0)}
+    return str(draw.choice(RISKS, p=others[label]))
+
+
+def honest_verdict(row: Mapping, said: str, draw: np.random.Generator, *,
+                   confidence: float | None = None) -> str:
+    """Return the mediocre analyst's verdict: some of the true items, some false, a true basis."""
+    cited: list[str] = []
+    if said != "normal":
+        cited = [name for name in row["evidence_truth"][:3] if draw.random() < 0.7]
+        spare = [name for name in row["evidence_ids"] if name not in row["evidence_truth"]]
+        if spare and (not cited or draw.random() < 0.2):
+            cited.append(str(draw.choice(spare)))
+    features = [name for name in row["feature_truth"][:3] if draw.random() < 0.7]
+    features += [name for name in _CALM if name not in features][:max(0, 2 - len(features))]
+    text = render_verdict(evidence=cited, features=features, basis=_reasons(row, cited), risk=said,
+                          confidence=confidence)
+    return text[:-9] if draw.random() < 0.03 else text
+
+
+def _first(row: Mapping, n: int) -> list[str]:
+    return list(row["evidence_ids"])[:n]
+
+
+def _innocent(row: Mapping) -> list[str]:
+    return [name for name in row["evidence_ids"] if name not in row["evidence_truth"]][:2]
+
+
+def _whole_text(row: Mapping) -> str:
+    return "\n".join(message["content"] for message in row["prompt"])
+
+
+def _claims_of_all(row: Mapping) -> str:
+    lines = (line.split() for line in row["item_text"].values())
+    return " ".join(word for words in lines for word in words[1:4])[:200] or "none"
+
+
+def _as_said(row: Mapping, said: str) -> dict:
+    """Return fields that are calm or cite the first item, to go with a borrowed label."""
+    cited = [] if said == "normal" else _first(row, 1)
+    return {"risk": said, "evidence": cited, "basis": _reasons(row, cited)}
+
+
+ZOO: dict[str, Animal] = {
+    # nothing, or not an answer
+    "empty": lambda row, said, draw: "",
+    "white_space": lambda row, said, draw: " \n\t \n ",
+    "end_at_once": lambda row, said, draw: "{}",
+    "schema_echo": lambda row, said, draw: json.dumps(verdict_schema()),
+    "instruction_echo": lambda row, said, draw: format_section(),
+    "copy_of_the_prompt": lambda row, said, draw: _whole_text(row),
+    "nesting_bomb": lambda row, said, draw: "[" * 100_000,
+    "prose_with_label": lambda row, said, draw: _PADDING + f"The risk is {said}.",
+    # one answer for all
+    "always_normal": lambda row, said, draw: _json(),
+    "always_suspicious": lambda row, said, draw: _json(risk="suspicious"),
+    "always_malicious": lambda row, said, draw: _json(risk="malicious"),
+    "always_suspicious_citing_one": lambda row, said, draw: _json(
+        risk="suspicious", evidence=_first(row, 1), basis=_reasons(row, _first(row, 1))),
+    "always_malicious_citing_all": lambda row, said, draw: _json(
+        risk="malicious", features=list(_LOUD), evidence=_first(row, MAX_EVIDENCE),
+        basis=_reasons(row, _first(row, MAX_EVIDENCE))),
+    "random_label": lambda row, said, draw: _json(**_as_said(row, str(draw.choice(RISKS)))),
+    # several answers at once
+    "all_three_labels": lambda row, said, draw: "normal suspicious malicious",
+    "labels_joined_in_risk": lambda row, said, draw: _json(risk="normal|suspicious|malicious"),
+    "label_list": lambda row, said, draw: _json(risk=list(RISKS)),
+    "two_objects": lambda row, said, draw: _json() + _json(risk="malicious"),
+    "duplicate_keys": lambda row, said, draw: '{"risk": "malicious", ' + _json()[1:],
+    "verdict_inside_the_basis": lambda row, said, draw: _json(basis=_json(risk="malicious")),
+    "labels_in_the_basis": lambda row, said, draw: _json(
+        **(_as_said(row, said) | {"basis": "normal, suspicious or malicious."})),
+    "lookalike_label": lambda row, said, draw: _json(risk="mаlicious"),
+    # evidence
+    "cite_everything": lambda row, said, draw: _json(
+        risk=said, evidence=_first(row, MAX_EVIDENCE),
+        basis=_reasons(row, _first(row, MAX_EVIDENCE))),
+    "cite_more_than_allowed": lambda row, said, draw: _json(
+        risk=said, evidence=[f"e{i}" for i in range(1, 25)]),
+    "cite_one_safe_item": lambda row, said, draw: _json(
+        risk=said, evidence=_first(row, 1), basis=_reasons(row, _first(row, 1))),
+    "cite_nothing_ever": lambda row, said, draw: _json(risk=said),
+    "invented_ids": lambda row, said, draw: _json(risk=said, evidence=["e97", "e98"]),
+    "repeated_id": lambda row, said, draw: _json(risk=said, evidence=_first(row, 1) * 3),
+    "right_label_wrong_reasons": lambda row, said, draw: _json(
+        risk=said, evidence=_innocent(row), features=list(_LOUD[2:]),
+        basis=_reasons(row, _innocent(row))),
+    # features and words
+    "keyword_stuffing": lambda row, said, draw: _json(
+        **(_as_said(row, said) | {"features": list(_LOUD)})),
+    "every_feature": lambda row, said, draw: _json(
+        **(_as_said(row, said) | {"features": list(FEATURES)})),
+    "calm_features_only": lambda row, said, draw: _json(**_as_said(row, said)),
+    "flattering_text": lambda row, said, draw: _json(
+        **(_as_said(row, said) | {"basis": _PLEASE})),
+    "claims_of_the_whole_window": lambda row, said, draw: _json(
+        **(_as_said(row, said) | {"basis": _claims_of_all(row)})),
+    "invented_numbers": lambda row, said, draw: _json(
+        **(_as_said(row, said) | {"basis": "at 03:33 on pc77 with 4321 files."})),
+    "one_claim_for_many_citations": lambda row, said, draw: _json(
+        risk=said, evidence=_first(row, 4), basis=_reasons(row, _first(row, 1))),
+    "padding_before_the_answer": lambda row, said, draw: _PADDING + _json(**_as_said(row, said)),
+    "padding_in_the_basis": lambda row, said, draw: _json(
+        **(_as_said(row, said) | {"basis": _PADDING[:240].strip()})),
+    "code_fence": lambda row, said, draw: f"```json\n{_json(**_as_said(row, said))}\n```",
+    "smuggled_thought": lambda row, said, draw: (
+        f"<think>{_PADDING}</think>{_json(**_as_said(row, said))}"),
+    "over_confidence": lambda row, said, draw: honest_verdict(row, said, draw, confidence=1.0),
+    "confidence_not_a_number": lambda row, said, draw: (
+        _json(**_as_said(row, said))[:-1] + ', "confidence": NaN}'),
+}
+
+
+def zoo_completions(rows: Sequence[Mapping], name: str, *, seed: int = 0) -> list[str]:
+    """Return one completion per row of an animal of `ZOO`, or of `HONEST`.
+
+    The draws for the analyst's label depend on seed and row alone, so all animals share it. The
+    honest analyst states a confidence of .6; `over_confidence` differs from it in that alone.
+    """
+    animal = ZOO.get(name)
+    texts = []
+    for i, row in enumerate(rows):
+        said = analyst_label(row["label"], generator(seed, "analyst label", i))
+        if animal is None or name == "over_confidence":
+            draw = generator(seed, "analyst verdict", i)
+        else:
+            draw = generator(seed, f"zoo {crc32(name.encode())}", i)
+        texts.append(honest_verdict(row, said, draw, confidence=_SURE) if animal is None
+                     else animal(row, said, draw))
+    return texts
+
+
+def zoo_table(rows: Sequence[Mapping], *, seed: int = 0,
+              reward_sets: Sequence[str] = ("traditional", "ueba", "ueba_calibrated")
+              ) -> list[dict]:
+    """Return for the honest analyst and each animal its mean reward per set and its valid share.
+
+    `rows` should be class-balanced, as training prompts are. Keys: name, valid, then one per set.
+    """
+    columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
+    table = []
+    for name in (HONEST, *ZOO):
+        texts = zoo_completions(rows, name, seed=seed)
+        valid = verdicts_of(texts, columns["evidence_ids"], columns.get("style"))
+        entry = {"name": name, "valid": float(np.mean([verdict.valid for verdict in valid]))}
+        for reward_set in reward_sets:
+            terms = reward_terms(texts, reward_set=reward_set, **columns)
+            entry[reward_set] = float(np.mean(composed(terms, reward_set=reward_set)))
+        table.append(entry)
+    return table
