@@ -40,6 +40,7 @@ from ueba_helpers.errors import UserError
 
 FORMAT_VERSION = 1
 RISKS = ("normal", "suspicious", "malicious")
+_FEW_USERS = 50
 DAY_STARTS, DAY_ENDS = 7, 19  # hours; outside is "after hours"
 
 BEHAVIOUR_FEATURES = (
@@ -123,7 +124,7 @@ DEVIATION_RULES: Mapping[str, DeviationRule] = {
     "removable_media_increase": DeviationRule(
         "CASE WHEN n_device > 0 AND past_device_days > 0 AND week_device + n_device >= 4 "
         "THEN (week_device + n_device) / greatest(1, 6 * past_device / past_days) ELSE 0 END",
-        (1.5, 2, 2.5, 3, 3.5, 4, 5),
+        (2, 2.5, 3, 3.5, 4, 5),
         "drive connections today and in the last seven days over six average days of the past",
     ),
     "bulk_file_copy": DeviationRule(
@@ -148,7 +149,7 @@ DEVIATION_RULES: Mapping[str, DeviationRule] = {
     ),
     "external_attachments": DeviationRule(
         "external_attachments / greatest(2, past_max_attachments)",
-        (1.5, 2, 3, 4, 6),
+        (2, 3, 4, 6),
         "attachments sent outside over the most of any past day (at least 2)",
     ),
     "mass_mail": DeviationRule(
@@ -169,31 +170,40 @@ DEVIATION_RULES: Mapping[str, DeviationRule] = {
 }
 assert tuple(DEVIATION_RULES) == DEVIATIONS
 
+
+
+def _reached(kind: str) -> str:
+    return f"s_{kind} >= {DEVIATION_RULES[kind].levels[0]}"
+
+
+_ODD_HOURS = (
+    f"n_after_hours_logon > 0 AND (NOT enough_history OR {_reached('after_hours_logon')} "
+    "OR past_after_hours_days <= 0.1 * past_days)"
+)
 # What a day can be said to show, in the order of telling (the first four are the truth). The
 # conditions use behaviour and past alone, at the lowest level of a rule; `s_*` are strengths.
+# One name about hours and one about drives hold on every day, so two can always be said.
 _FEATURE_RULES = {
     "leak_site": "n_http_leak > 0",
     "hacking_tool": "n_http_hack > 0",
     "executable_copy": "n_file_exe > 0",
-    "mass_mail": "s_mass_mail >= 1.5",
+    "mass_mail": _reached("mass_mail"),
     "competitor_mail": "n_email_competitor > 0",
     "job_search": "n_http_job > 0",
-    "bulk_file_copy": "s_bulk_file_copy >= 1.5",
-    "removable_media_new": "n_device > 0 AND past_device_days = 0",
-    "removable_media_increase": "s_removable_media_increase >= 1.5",
-    "after_hours_logon": "n_after_hours_logon > 0 AND (NOT enough_history "
-    "OR s_after_hours_logon >= 2 OR past_after_hours_days <= 0.1 * past_days)",
+    "bulk_file_copy": _reached("bulk_file_copy"),
+    "removable_media_new": "n_device + n_file > 0 AND past_device_days = 0",
+    "removable_media_increase": _reached("removable_media_increase"),
+    "after_hours_logon": _ODD_HOURS,
     "new_workstation": "n_new_pcs > 0",
-    "external_attachments": "s_external_attachments >= 1.5",
-    "usual_removable_media": "n_device > 0 AND past_device_days > 0 "
-    "AND s_removable_media_increase < 1.5",
-    "usual_hours": "NOT (n_after_hours_logon > 0 AND (NOT enough_history "
-    "OR s_after_hours_logon >= 2 OR past_after_hours_days <= 0.1 * past_days))",
-    "own_workstation": "n_new_pcs = 0",
+    "external_attachments": _reached("external_attachments"),
+    "usual_removable_media": "n_device + n_file > 0 AND past_device_days > 0 "
+    f"AND NOT {_reached('removable_media_increase')}",
+    "usual_hours": f"NOT ({_ODD_HOURS})",
+    "own_workstation": "n_pcs > 0 AND n_new_pcs = 0",
     "no_removable_media": "n_device = 0 AND n_file = 0",
     "usual_web": "n_http > 0 AND n_http_job = 0 AND n_http_leak = 0 AND n_http_hack = 0",
-    "usual_mail": "n_email > 0 AND n_email_competitor = 0 AND s_mass_mail < 1.5 "
-    "AND s_external_attachments < 1.5",
+    "usual_mail": f"n_email > 0 AND n_email_competitor = 0 AND NOT {_reached('mass_mail')} "
+    f"AND NOT {_reached('external_attachments')}",
 }
 assert set(_FEATURE_RULES) == set(FEATURES)
 
@@ -256,13 +266,14 @@ def _quoted(value: object) -> str:
     return str(value).replace("'", "''")
 
 
-def _view_part(connection, bucket: int, *, where: str = "true") -> None:
-    """Make the views `part_logon` … `part_http` of one bucket, with `h` (hour) and `day`."""
+def _view_part(connection, buckets: Iterable[int], *, where: str = "true") -> None:
+    """Make the views `part_logon` … `part_http` of some buckets, with `h` (hour) and `day`."""
+    listed = ", ".join(str(int(bucket)) for bucket in buckets)
     for log in LOGS:
         connection.execute(
             f"CREATE OR REPLACE TEMP VIEW part_{log} AS SELECT * EXCLUDE (bucket), "
             "date::DATE AS day, (epoch(date::TIME) / 3600.0)::DOUBLE AS h "
-            f"FROM {log} WHERE bucket = {int(bucket)} AND {where}"
+            f"FROM {log} WHERE bucket IN ({listed}) AND {where}"
         )
 
 
@@ -486,14 +497,17 @@ def behaviour(
         where += f" AND date < DATE '{_quoted(before)}'"
     frames = []
     store, connection = _open(store, memory_limit, threads)
+    passes = [[bucket] for bucket in range(store.buckets)]
+    if users is not None and len(users) <= _FEW_USERS:
+        passes = [sorted({store.bucket_of(user) for user in users})]
     with connection:
         if before is not None:
             connection.execute(
                 "DELETE FROM ldap_months WHERE month >= strftime(?::DATE - 1, '%Y-%m') "
-                "AND (user, month) NOT IN (SELECT user, month FROM ldap_first)", [before]
+                "AND (user, month) NOT IN (SELECT (user, month) FROM ldap_first)", [before]
             )
-        for bucket in range(store.buckets):
-            _view_part(connection, bucket, where=where)
+        for buckets in passes:
+            _view_part(connection, buckets, where=where)
             frames.append(
                 connection.execute(_window_sql(_daily_sql(history_days), min_history)).df()
             )
@@ -531,7 +545,7 @@ def build(
         parts = Path(name)
         connection.execute(f"SET temp_directory='{_quoted(parts / 'spill')}'")
         for bucket in range(store.buckets):
-            _view_part(connection, bucket)
+            _view_part(connection, [bucket])
             target = _quoted(parts / f"{bucket:04d}.parquet")
             connection.execute(f"COPY ({sql}) TO '{target}' (FORMAT parquet)")
             if progress is not None:
@@ -786,6 +800,7 @@ _PART = ("CASE WHEN h < 7 THEN 'night' WHEN h < 12 THEN 'morning' "
          "WHEN h < 19 THEN 'afternoon' ELSE 'evening' END")
 _LONG_PART = "CASE WHEN h < 7 THEN 'night' WHEN h < 19 THEN 'day' ELSE 'evening' END"
 _MAIN_PC_DAYS = 60
+_PASS_WINDOWS = 5000
 _EVENTS_SQL = f"""
 CREATE OR REPLACE TEMP TABLE events AS
 WITH w AS (SELECT window_id, user, day FROM wanted),
@@ -806,10 +821,10 @@ SELECT window_id, 'device', 'device',
 FROM sessions
 UNION ALL
 SELECT window_id, 'file', 'file', {_PART}, pc, pc,
-    CASE WHEN extension IN {_EXECUTABLE} THEN 'program'
+    CASE WHEN extension IN {_EXECUTABLE} THEN 'exe'
          WHEN extension IN ('zip', 'rar', '7z', 'tar', 'gz') THEN 'archive'
          WHEN extension IN ('jpg', 'jpeg', 'png', 'gif', 'bmp') THEN 'image'
-         ELSE 'document' END,
+         ELSE 'office' END,
     date, h, id, 1, 0, 0
 FROM part_file JOIN w USING (user, day)
 UNION ALL
@@ -820,7 +835,7 @@ SELECT window_id, 'email', 'email', {_LONG_PART}, '', pc,
 FROM part_email JOIN w USING (user, day)
 UNION ALL
 SELECT window_id, 'http', 'http', {_PART}, '', pc,
-    CASE WHEN category IN ('job', 'leak', 'hack', 'cloud') THEN category ELSE 'usual' END,
+    CASE WHEN category IN ('job', 'leak', 'hack', 'cloud') THEN category ELSE 'other' END,
     date, h, id, 1, 0, 0
 FROM part_http JOIN w USING (user, day)
 """
@@ -838,7 +853,7 @@ main AS (
     GROUP BY window_id
 )
 SELECT w.window_id, f.pc,
-    CASE WHEN f.pc = main.main_pc THEN 'own pc' WHEN f.first_day < w.day THEN 'known pc'
+    CASE WHEN f.pc = main.main_pc THEN 'own pc' WHEN f.first_day < w.day THEN 'other pc'
          WHEN w.past_days > 0 THEN 'new pc' END AS pc_fact
 FROM wanted AS w JOIN first_use AS f ON w.user = f.user AND f.first_day <= w.day
 LEFT JOIN main ON w.window_id = main.window_id
@@ -853,40 +868,38 @@ def _of_kind(kind: str, *, klass: str | None = None) -> str:
     return f"kind = '{kind}'" + ("" if klass is None else f" AND class = '{klass}'")
 
 
-def _days_fact(column: str, noun: str) -> str:
-    return f"printf('{noun} days %d/%d', {column}::INT, past_days::INT)"
+def _habit_fact(condition: str, days: str) -> str:
+    """Say how often past days had this: never before, on at most a tenth of them, or more."""
+    return _fact(f"({condition}) AND past_days > 0",
+                 f"CASE WHEN {days} = 0 THEN 'first time' WHEN {days} <= 0.1 * past_days "
+                 "THEN 'rare' ELSE 'usual' END")
 
 
-_NOTABLE = "kind = 'http' AND class IN ('job', 'leak', 'hack')"
-_HAS_PAST = "past_days > 0"
+def _peak_fact(condition: str, today: str, peak: str) -> str:
+    return _fact(f"({condition}) AND past_days > 0 AND {today} > {peak}", "'more than before'")
+
+
+_SENT_OUT = "kind = 'email' AND class <> 'internal' AND attached > 0"
+# Short statements about the day and the own past; a prompt shows them as they are.
 _FACTS = (
     _fact("kind IN ('logon', 'device') OR (kind = 'file' AND pc_fact = 'new pc')", "pc_fact"),
     _fact("after_hours", "'after hours'"),
-    _fact("kind = 'logon' AND after_hours AND past_hour_low - first_h >= 1",
-          "printf('%d h early', floor(past_hour_low - first_h)::INT)"),
-    _fact("kind = 'logon' AND after_hours AND last_h - past_hour_high >= 1",
-          "printf('%d h late', floor(last_h - past_hour_high)::INT)"),
-    _fact(f"kind = 'device' AND {_HAS_PAST}", _days_fact("past_device_days", "drive")),
-    _fact(f"kind = 'device' AND {_HAS_PAST} AND past_device_days > 0",
-          "printf('week %d, usual %d', (week_device + n_device)::INT, "
-          "round(6 * past_device / past_days)::INT)"),
-    _fact(_of_kind("file", klass="program"), "'.exe'"),
-    _fact(f"{_of_kind('file', klass='program')} AND {_HAS_PAST}",
-          _days_fact("past_exe_days", "program")),
-    _fact(f"kind = 'file' AND {_HAS_PAST}",
-          "printf('%d today, past peak %d', n_file::INT, past_max_files::INT)"),
-    _fact(f"{_of_kind('email', klass='competitor')} AND {_HAS_PAST}",
-          _days_fact("past_competitor_days", "competitor")),
-    _fact(f"kind = 'email' AND recipients > 4 AND {_HAS_PAST}",
-          "printf('%d recipients, past peak %d', recipients, past_max_recipients::INT)"),
-    _fact(f"kind = 'email' AND class <> 'internal' AND attached > 0 AND {_HAS_PAST}",
-          "printf('%d attachments, past peak %d', attached, past_max_attachments::INT)"),
-    _fact("kind = 'http' AND class = 'job'", "printf('job pages %d', n)"),
-    _fact("kind = 'http' AND class = 'leak'", "'leak site'"),
-    _fact("kind = 'http' AND class = 'hack'", "'hacking tool'"),
-    _fact(f"{_NOTABLE} AND {_HAS_PAST}",
-          "printf('%s days %d/%d', class, (CASE class WHEN 'job' THEN past_job_days WHEN 'leak' "
-          "THEN past_leak_days ELSE past_hack_days END)::INT, past_days::INT)"),
+    _fact("kind = 'logon' AND first_h < 7 AND past_hour_low - first_h >= 1",
+          "printf('%d hours before usual', floor(past_hour_low - first_h)::INT)"),
+    _fact("kind = 'logon' AND last_h >= 19 AND last_h - past_hour_high >= 1",
+          "printf('%d hours after usual', floor(last_h - past_hour_high)::INT)"),
+    _habit_fact("kind = 'device'", "past_device_days"),
+    _fact(f"kind = 'device' AND {_reached('removable_media_increase')}", "'more than usual'"),
+    _habit_fact(_of_kind("file", klass="exe"), "past_exe_days"),
+    _peak_fact("kind = 'file'", "n_file", "past_max_files"),
+    _habit_fact(_of_kind("email", klass="competitor"), "past_competitor_days"),
+    _fact("kind = 'email' AND recipients > 4", "printf('%d recipients', recipients)"),
+    _peak_fact("kind = 'email' AND recipients > 4", "recipients", "past_max_recipients"),
+    _fact(_SENT_OUT, "printf('%d attachments', attached)"),
+    _peak_fact(_SENT_OUT, "external_attachments", "past_max_attachments"),
+    _habit_fact(_of_kind("http", klass="job"), "past_job_days"),
+    _habit_fact(_of_kind("http", klass="leak"), "past_leak_days"),
+    _habit_fact(_of_kind("http", klass="hack"), "past_hack_days"),
 )
 # Which items carry a deviation of the day, and which items show a feature.
 _CARRIES = {
@@ -896,10 +909,10 @@ _CARRIES = {
     "removable_media_new": "kind = 'device'",
     "removable_media_increase": "kind = 'device'",
     "bulk_file_copy": "kind = 'file'",
-    "executable_copy": _of_kind("file", klass="program"),
+    "executable_copy": _of_kind("file", klass="exe"),
     "job_search": _of_kind("http", klass="job"),
     "competitor_mail": _of_kind("email", klass="competitor"),
-    "external_attachments": "kind = 'email' AND class <> 'internal' AND attached > 0",
+    "external_attachments": _SENT_OUT,
     "mass_mail": "kind = 'email' AND recipients = max_recipients",
     "leak_site": _of_kind("http", klass="leak"),
     "hacking_tool": _of_kind("http", klass="hack"),
@@ -908,8 +921,8 @@ _SHOWS = {
     **_CARRIES,
     "after_hours_logon": "kind = 'logon' AND after_hours",
     "usual_hours": "kind IN ('logon', 'logoff') AND NOT after_hours",
-    "own_workstation": "kind = 'logon' AND pc_fact IN ('own pc', 'known pc')",
-    "usual_web": _of_kind("http", klass="usual"),
+    "own_workstation": "kind = 'logon' AND pc_fact IN ('own pc', 'other pc')",
+    "usual_web": _of_kind("http", klass="other"),
     "usual_mail": "kind = 'email' AND class <> 'competitor'",
     "usual_removable_media": "kind = 'device'",
 }
@@ -923,7 +936,7 @@ _SCENARIO_KINDS = (
 # The least informative items go first when a day has too many: by what is visible, never by label.
 _KEEP_RANK = """CASE
     WHEN kind = 'http' AND class IN ('leak', 'hack') THEN 0
-    WHEN kind = 'file' AND class = 'program' THEN 1
+    WHEN kind = 'file' AND class = 'exe' THEN 1
     WHEN kind = 'http' AND class = 'job' OR kind = 'email' AND class = 'competitor' THEN 1
     WHEN kind = 'logon' AND (after_hours OR pc_fact = 'new pc') THEN 2
     WHEN kind IN ('device', 'file') THEN 2
@@ -973,7 +986,7 @@ def _items_sql(max_items: int) -> str:
     ),
     described AS (
         SELECT *,
-            CASE kind WHEN 'device' THEN CASE WHEN unopened THEN 'disconnect only'
+            CASE kind WHEN 'device' THEN CASE WHEN unopened THEN 'no connect'
                     WHEN unclosed THEN 'no disconnect' ELSE '' END
                 WHEN 'http' THEN class WHEN 'email' THEN class WHEN 'file' THEN class
                 ELSE '' END AS detail,
@@ -1037,18 +1050,17 @@ def evidence(
             f"{_strength_columns()} FROM given"
         )
         connection.unregister("given")
-        parts = pd.DataFrame({"user": sorted(set(windows["user"]))})
-        parts["part"] = [store.bucket_of(user) for user in parts["user"]]
-        for done, (bucket, group) in enumerate(parts.groupby("part")):
-            listed = ", ".join(f"'{_quoted(user)}'" for user in group["user"])
-            _view_part(connection, bucket, where=f"user IN ({listed})")
+        passes = _passes(windows["user"], store)
+        for done, (buckets, users) in enumerate(passes, start=1):
+            listed = ", ".join(f"'{_quoted(user)}'" for user in users)
+            _view_part(connection, buckets, where=f"user IN ({listed})")
             connection.execute("CREATE OR REPLACE TEMP TABLE wanted AS SELECT * FROM asked "
                                f"WHERE user IN ({listed})")
             connection.execute(_EVENTS_SQL)
             connection.execute(_PCS_SQL)
             frames.append(connection.execute(_items_sql(max_items)).df())
             if progress is not None:
-                progress(done + 1, parts["part"].nunique())
+                progress(done, len(passes))
     if not frames:
         return pd.DataFrame({name: [] for name in EVIDENCE_COLUMNS})
     frame = pd.concat(frames, ignore_index=True)
@@ -1058,6 +1070,17 @@ def evidence(
         frame[name] = [list(values) for values in frame[name]]
     frame["pc"] = frame["pc"].fillna("")
     return frame[list(EVIDENCE_COLUMNS)]
+
+
+def _passes(users: pd.Series, store: Store) -> list[tuple[list[int], list[str]]]:
+    """Return (buckets, accounts) read together: whole buckets, about `_PASS_WINDOWS` windows."""
+    counts = users.value_counts().sort_index()
+    buckets = pd.Series([store.bucket_of(user) for user in counts.index], dtype=int)
+    windows = pd.Series(counts.to_numpy()).groupby(buckets).sum()
+    number = (windows.cumsum() - windows) // _PASS_WINDOWS
+    names = pd.Series(counts.index).groupby(buckets).apply(list)
+    return [(list(group), [name for bucket in group for name in names[bucket]])
+            for _, group in windows.index.to_series().groupby(number)]
 
 
 def _truth_of(risk: str, labelled: bool, deviation: Sequence[str]) -> bool:

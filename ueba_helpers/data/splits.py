@@ -1,0 +1,604 @@
+"""Who trains and who tests: splits by incident and by time, samples with weights, leakage audits.
+
+In: the windows table and the accounts in it. Out: an assignment user -> (split, part), class-
+balanced training samples, an evaluation sample whose weights restore the natural base rate, and
+audit tables with one row per check. Refused with a `UserError`: shares that are no shares, a class
+or a split with nothing in it, scores that do not fit the windows.
+
+An incident is never cut: the insider, the supervisor whose account was abused, and anybody else
+with a labelled row of it go to one side together (accounts in two incidents join them). Groups are
+dealt scenario by scenario, so that each split gets its share of each scenario. With few insiders
+of a scenario a split may hold one or none: `scenario_table` counts them, and results for fewer
+than five are descriptive.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from ueba_helpers.data.cert import Store
+from ueba_helpers.data.seeding import generator
+from ueba_helpers.data.windows import (
+    BEHAVIOUR_FEATURES,
+    PAST_FEATURES,
+    RISKS,
+    RULE_FEATURES,
+    WEEK_FEATURES,
+    behaviour,
+)
+from ueba_helpers.errors import UserError
+
+SPLITS = ("train", "dev", "test")
+SHARES = (("cold", 0.25), ("rl", 0.35), ("dev", 0.15), ("test", 0.25))
+DESCRIPTIVE_BELOW = 5  # incidents of one scenario in a split
+_CALENDAR_SHARE = 0.727  # 2011-01-01 in r4.2's 501 days
+
+
+# ---------------------------------------------------------------------------------------------
+# Splits
+
+
+def assign(
+    windows_users: pd.DataFrame,
+    *,
+    seed: int,
+    shares: Sequence[tuple[str, float]] = SHARES,
+) -> pd.DataFrame:
+    """Return user, split, part for every account, dealt by incident and stratified by scenario.
+
+    `windows_users` has columns user, incident (None for most), scenario; see
+    `windows.users_table`. `shares` gives the parts "dev", "test" and any training parts
+    ("cold", "rl"), summing to 1. The same seed and accounts give the same assignment in whatever
+    order the rows come. Raises `UserError` for other shares, and for a table without accounts.
+    """
+    names = [name for name, _ in shares]
+    sizes = np.array([share for _, share in shares], float)
+    if len(set(names)) < len(names) or sizes.min() < 0 or abs(sizes.sum() - 1) > 1e-6:
+        raise UserError(f"shares={tuple(shares)!r}: give distinct parts with shares that sum to 1.")
+    if len(windows_users) == 0:
+        raise UserError("windows_users is empty: build windows first.")
+    groups = _incident_groups(windows_users)
+    rows = []
+    for scenario in sorted({group.scenario for group in groups}):
+        stratum = [group for group in groups if group.scenario == scenario]
+        order = generator(seed, f"splits.assign scenario {scenario}").permutation(len(stratum))
+        counts = _deal(len(stratum), sizes)
+        parts = np.repeat(np.arange(len(names)), counts)
+        for place, part in zip(order, parts, strict=True):
+            rows += [(user, names[part]) for user in stratum[place].users]
+    table = pd.DataFrame(rows, columns=["user", "part"]).sort_values("user", ignore_index=True)
+    table["split"] = np.where(table["part"].isin(SPLITS), table["part"], "train")
+    return table[["user", "split", "part"]]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Accounts that must stay together, and the rarest scenario among them (0 for none)."""
+
+    users: tuple[str, ...]
+    scenario: int
+
+
+def _incident_groups(windows_users: pd.DataFrame) -> list[_Group]:
+    """Return connected accounts, in the order of their first name."""
+    parent: dict[str, str] = {}
+
+    def root(name: str) -> str:
+        while parent.setdefault(name, name) != name:
+            name = parent[name]
+        return name
+
+    scenario_of: dict[str, int] = {}
+    users = sorted(set(windows_users["user"]))
+    for user in users:
+        root(f"user {user}")
+    known = windows_users[windows_users["incident"].notna()]
+    for row in known.itertuples(index=False):
+        ends = sorted((root(f"user {row.user}"), root(f"incident {row.incident}")))
+        parent[ends[1]] = ends[0]
+        scenario_of[row.user] = max(scenario_of.get(row.user, 0), int(row.scenario))
+    members: dict[str, list[str]] = {}
+    for user in users:
+        members.setdefault(root(f"user {user}"), []).append(user)
+    groups = [_Group(tuple(names), max(scenario_of.get(name, 0) for name in names))
+              for names in members.values()]
+    return sorted(groups, key=lambda group: group.users[0])
+
+
+def _deal(n: int, shares: np.ndarray) -> np.ndarray:
+    """Return whole counts that sum to `n`, nearest to `shares`: largest remainder, later first.
+
+    >>> _deal(10, np.array([.25, .35, .15, .25])).tolist()
+    [2, 3, 2, 3]
+    """
+    exact = n * shares
+    counts = np.floor(exact + 1e-9).astype(int)
+    left = n - counts.sum()
+    by_remainder = np.argsort(np.round(exact - counts, 9), kind="stable")[::-1]
+    counts[by_remainder[:left]] += 1
+    return counts
+
+
+def by_time(
+    windows: pd.DataFrame, *, cut: str | None = None, dev_share: float = 0.2
+) -> pd.DataFrame:
+    """Return window_id, split, straddles: days before `cut` train (its end is dev), the rest test.
+
+    The default cut leaves 72.7 % of the calendar before it, which is 2011-01-01 on r4.2. The last
+    `dev_share` of the days before the cut are dev. Accounts occur on both sides, and test days
+    know their own earlier past, as they would in use; `straddles` marks days of incidents with
+    malicious days in more than one split. Raises `UserError` if a side would be empty.
+    """
+    days = pd.to_datetime(windows["day"])
+    first, last = days.min(), days.max()
+    if cut is None:
+        moment = first + pd.Timedelta(days=round(_CALENDAR_SHARE * (last - first).days))
+    else:
+        try:
+            moment = pd.Timestamp(cut)
+        except ValueError:
+            raise UserError(f"cut={cut!r}: write a date as YYYY-MM-DD.") from None
+    if not 0 <= dev_share < 1:
+        raise UserError(f"dev_share={dev_share!r}: give a share of at least 0 and below 1.")
+    if not first < moment <= last:
+        raise UserError(f"cut={moment:%Y-%m-%d} leaves one side empty: the windows run from "
+                        f"{first:%Y-%m-%d} to {last:%Y-%m-%d}.")
+    dev_from = moment - pd.Timedelta(days=int(dev_share * (moment - first).days))
+    split = np.select([days >= moment, days >= dev_from], ["test", "dev"], "train")
+    table = pd.DataFrame({"window_id": windows["window_id"].to_numpy(), "split": split})
+    positive = windows["malicious"].to_numpy(bool)
+    incident = windows["incident"].astype(object).to_numpy()
+    sides = pd.Series(split[positive]).groupby(pd.Series(incident[positive])).nunique()
+    cut_ones = set(sides.index[sides > 1])
+    table["straddles"] = [name in cut_ones for name in incident]
+    return table
+
+
+def scenario_table(windows: pd.DataFrame, assignment: pd.DataFrame) -> pd.DataFrame:
+    """Return, per split and scenario, accounts, incidents, malicious days, and `descriptive`.
+
+    `descriptive` is true where fewer than five incidents make any rate anecdotal.
+    """
+    joined = windows.merge(assignment[["user", "split"]], on="user", validate="many_to_one")
+    marked = joined[joined["malicious"]]
+    grid = pd.MultiIndex.from_product([SPLITS, (1, 2, 3)], names=["split", "scenario"])
+    table = marked.groupby(["split", "scenario"]).agg(
+        accounts=("user", "nunique"), incidents=("incident", "nunique"),
+        malicious_days=("window_id", "size")).reindex(grid, fill_value=0).reset_index()
+    table["descriptive"] = table["incidents"] < DESCRIPTIVE_BELOW
+    return table
+
+
+# ---------------------------------------------------------------------------------------------
+# Samples
+
+
+def balanced(
+    windows: pd.DataFrame, *, n: int, seed: int, parts: Sequence[str]
+) -> pd.DataFrame:
+    """Return `n` windows of the given parts, a third of each risk level, shuffled; for training.
+
+    `windows` must carry the column `part` (merge `assign`'s result on user). Precursor and ignored
+    days are left out. Malicious days are taken incident by incident in turn, so that a long
+    incident does not crowd out short ones; the other classes at random. A class with fewer days
+    than a third of `n` is repeated whole, as evenly as possible; `repeat` counts from 0. Raises
+    `UserError` if a class has no day in these parts.
+    """
+    if "part" not in windows.columns:
+        raise UserError("balanced: the windows lack the column 'part'; merge the assignment on "
+                        "'user' first.")
+    if n < len(RISKS):
+        raise UserError(f"n={n!r}: give at least {len(RISKS)}, one window of each risk level.")
+    rng = generator(seed, "splits.balanced " + " ".join(sorted(parts)))
+    pool = windows[windows["part"].isin(list(parts)) & ~windows["precursor"] & ~windows["ignore"]]
+    pool = pool.sort_values("window_id", ignore_index=True)
+    chosen = []
+    for risk, wanted in zip(RISKS[::-1], _deal(n, np.full(3, 1 / 3)), strict=True):
+        rows = np.flatnonzero(pool["risk"] == risk)
+        if len(rows) == 0:
+            raise UserError(f"balanced: no {risk} day in the parts {', '.join(parts)}.")
+        order = rng.permutation(rows)
+        if risk == "malicious":
+            order = order[_in_turn(pool["incident"].to_numpy(object)[order])]
+        index = np.arange(wanted)
+        chosen.append(pd.DataFrame({"row": order[index % len(order)],
+                                    "repeat": index // len(order)}))
+    picks = pd.concat(chosen, ignore_index=True)
+    picks = picks.iloc[rng.permutation(len(picks))]
+    sample = pool.iloc[picks["row"].to_numpy()].reset_index(drop=True)
+    return sample.assign(repeat=picks["repeat"].to_numpy())
+
+
+def _in_turn(keys: np.ndarray) -> np.ndarray:
+    """Return an order that takes one of each key before a second of any.
+
+    >>> _in_turn(np.array(["a", "a", "a", "b"])).tolist()
+    [0, 3, 1, 2]
+    """
+    rank = pd.Series(keys).groupby(keys).cumcount().to_numpy()
+    return np.argsort(rank, kind="stable")
+
+
+def evaluation_sample(
+    windows: pd.DataFrame,
+    score: Sequence[float] | pd.Series,
+    *,
+    split: str,
+    headline_per_class: int,
+    n_benign: int,
+    seed: int,
+    base_rate: float | None = 0.0029,
+) -> pd.DataFrame:
+    """Return window_id, split, headline, weight_natural, stratum for one split's evaluation.
+
+    `windows` must carry the column `split`; `score` (higher = more malicious, from a detector
+    fitted on training users) is aligned with `windows`, or a Series indexed by window_id.
+    Everything the natural weights stand for:
+      stratum 0    all malicious days, with one common weight such that their weighted share is
+                   `base_rate` (None: weight 1, the split's own rate);
+      stratum 1    the hardest benign days, a third of `n_benign`: all of them, weight 1;
+      stratum 2 …  the other benign days by falling score, in strata that grow fourfold, sampled
+                   evenly, weight = days in the stratum / days sampled (Horvitz-Thompson);
+      stratum -1   weight 0: precursor and ignored days, and days taken for the headline alone.
+    `headline` marks `headline_per_class` days of each risk level (fewer if there are not so many),
+    drawn at random within the class. Raises `UserError` for a missing column, a split without
+    malicious or benign days, or scores that are missing or not finite.
+    """
+    if "split" not in windows.columns:
+        raise UserError("evaluation_sample: the windows lack the column 'split'; merge the "
+                        "assignment on 'user' first.")
+    if headline_per_class < 0 or n_benign < 1:
+        raise UserError(f"headline_per_class={headline_per_class!r}, n_benign={n_benign!r}: give "
+                        "at least 0 and 1.")
+    if base_rate is not None and not 0 < base_rate < 1:
+        raise UserError(f"base_rate={base_rate!r}: give a share between 0 and 1, or None.")
+    values = _aligned_score(windows, score)
+    inside = (windows["split"] == split).to_numpy()
+    table = windows.loc[inside].assign(_score=values[inside])
+    table = table.sort_values("window_id", ignore_index=True)
+    left_out = (table["precursor"] | table["ignore"]).to_numpy(bool)
+    positive = table["malicious"].to_numpy(bool) & ~left_out
+    benign = ~table["malicious"].to_numpy(bool) & ~left_out
+    if not positive.any() or not benign.any():
+        raise UserError(f"evaluation_sample: split {split!r} needs malicious and benign days, it "
+                        f"has {positive.sum()} and {benign.sum()}.")
+    rng = generator(seed, f"splits.evaluation_sample {split}")
+    weight, stratum = np.zeros(len(table)), np.full(len(table), -1)
+    ranked = rng.permutation(np.flatnonzero(benign))
+    ranked = ranked[np.argsort(-table["_score"].to_numpy()[ranked], kind="stable")]
+    for number, (members, take) in enumerate(_strata(ranked, n_benign), start=1):
+        drawn = members if take == len(members) else rng.choice(members, take, replace=False)
+        weight[drawn] = len(members) / take
+        stratum[drawn] = number
+    benign_weight = benign.sum()
+    common = 1.0
+    if base_rate is not None:
+        common = base_rate / (1 - base_rate) * benign_weight / positive.sum()
+    weight[positive], stratum[positive] = common, 0
+    headline = np.zeros(len(table), bool)
+    for risk in RISKS:
+        rows = np.flatnonzero((table["risk"] == risk).to_numpy() & ~left_out)
+        headline[rng.permutation(rows)[:headline_per_class]] = True
+    keep = headline | (weight > 0) | left_out
+    sample = pd.DataFrame({
+        "window_id": table["window_id"], "split": split, "headline": headline,
+        "weight_natural": weight, "stratum": stratum,
+    })
+    return sample[keep].reset_index(drop=True)
+
+
+def _aligned_score(windows: pd.DataFrame, score: Sequence[float] | pd.Series) -> np.ndarray:
+    if isinstance(score, pd.Series) and not score.index.equals(windows.index):
+        missing = ~windows["window_id"].isin(score.index)
+        if missing.any():
+            raise UserError(f"evaluation_sample: {missing.sum()} windows have no score, the first "
+                            f"is {windows['window_id'][missing].iloc[0]}.")
+        score = score.reindex(windows["window_id"])
+    values = np.asarray(score, float)
+    if values.shape != (len(windows),) or not np.isfinite(values).all():
+        raise UserError(f"evaluation_sample: give one finite score per window, got shape "
+                        f"{values.shape} for {len(windows)} windows.")
+    return values
+
+
+def _strata(ranked: np.ndarray, n: int) -> list[tuple[np.ndarray, int]]:
+    """Return (members, how many to draw) of each stratum, hardest first; draws sum to min(n, all).
+
+    >>> [(len(m), k) for m, k in _strata(np.arange(100), 30)]
+    [(10, 10), (40, 10), (50, 10)]
+    """
+    if len(ranked) <= n:
+        return [(ranked, len(ranked))]
+    hard = max(1, n // 3)
+    edges, size = [hard], hard
+    while edges[-1] < len(ranked):
+        size *= 4
+        edges.append(min(edges[-1] + size, len(ranked)))
+    if len(edges) > 2 and edges[-1] - edges[-2] < (edges[-2] - edges[-3]) / 4:
+        del edges[-2]  # a sliver joins its neighbour
+    blocks = [ranked[a:b] for a, b in pairwise(edges)]
+    left, result = n - hard, [(ranked[:hard], hard)]
+    for i, block in enumerate(blocks):
+        take = min(len(block), left // (len(blocks) - i)) if i < len(blocks) - 1 else left
+        take = max(1, min(take, len(block)))
+        left -= take
+        result.append((block, take))
+    return result
+
+
+# ---------------------------------------------------------------------------------------------
+# Audits
+
+Detector = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+_NUMBERS = (*BEHAVIOUR_FEATURES, *PAST_FEATURES, *WEEK_FEATURES)
+_CHECKED = (*_NUMBERS, *RULE_FEATURES)
+_MOST_ROWS = 4000
+
+
+def logistic_detector(
+    train: np.ndarray, labels: np.ndarray, held_out: np.ndarray
+) -> np.ndarray:
+    """Return scores of `held_out` (M, F) from a logistic regression on `train` (N, F)."""
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=200))
+    return model.fit(train, labels).decision_function(held_out)
+
+
+def audit(
+    windows: pd.DataFrame,
+    assignment: pd.DataFrame,
+    *,
+    seed: int = 0,
+    store: Path | str | None = None,
+    manifest: dict | None = None,
+    detector: Detector = logistic_detector,
+) -> pd.DataFrame:
+    """Return check, passed, got, limit, detail: one row per leakage audit.
+
+    `assignment` has user, split, part. With the event `store` the audits also rebuild sampled days
+    from a store cut off after them, compare labels with the answer key, and look at event ids;
+    with the windows' `manifest` they check whom the deviation levels were fitted on. `detector`
+    is what the label permutation trains. A check passes while `got` is at most `limit`.
+    """
+    joined = windows.merge(assignment[["user", "split", "part"]], on="user", how="left")
+    rows = [
+        _user_overlap(assignment),
+        _unassigned(joined),
+        _cut_incidents(joined),
+        _ldap_months(windows),
+        _permuted_labels(joined, seed, detector),
+        _account_names(windows, seed),
+        _weekdays(windows),
+        _near_duplicates(joined),
+    ]
+    settings = (manifest or {}).get("settings", {})
+    if manifest is not None:
+        rows.append(_fitted_on_training(manifest, assignment))
+    if store is not None:
+        rows += [
+            _rebuilt_days(windows, store, settings, seed),
+            _key_days(windows, store),
+            _event_ids(store, seed),
+        ]
+    return pd.DataFrame(rows, columns=["check", "passed", "got", "limit", "detail"])
+
+
+def _row(check: str, got: float, limit: float, detail: str) -> dict:
+    return {"check": check, "passed": bool(got <= limit), "got": float(got),
+            "limit": float(limit), "detail": detail}
+
+
+def _user_overlap(assignment: pd.DataFrame) -> dict:
+    sides = assignment.drop_duplicates(["user", "split", "part"]).groupby("user").size()
+    return _row("account in one split only", (sides > 1).sum(), 0,
+                f"{len(sides)} accounts, parts {', '.join(sorted(set(assignment['part'])))}")
+
+
+def _unassigned(joined: pd.DataFrame) -> dict:
+    missing = joined["split"].isna()
+    return _row("every window assigned", missing.sum(), 0,
+                f"{joined['user'].nunique()} accounts with windows")
+
+
+def _cut_incidents(joined: pd.DataFrame) -> dict:
+    known = joined[joined["incident"].notna()]
+    sides = known.drop_duplicates(["incident", "split", "part"]).groupby("incident").size()
+    return _row("incident in one split only", (sides > 1).sum(), 0, f"{len(sides)} incidents")
+
+
+def _ldap_months(windows: pd.DataFrame) -> dict:
+    month = pd.to_datetime(windows["day"]).dt.strftime("%Y-%m")
+    used = windows["ldap_month"]
+    first = used.groupby(windows["user"]).transform("min")
+    late = used.notna() & (used >= month) & (used > first)
+    return _row("no LDAP month of the day or later", late.sum(), 0,
+                f"{(used.notna() & (used >= month)).sum()} days know only their first month")
+
+
+def _permuted_labels(joined: pd.DataFrame, seed: int, detector: Detector) -> dict:
+    """Labels dealt anew at random must not be predictable on held-out accounts."""
+    rng = generator(seed, "splits.audit permutation")
+    usable = joined[~joined["precursor"] & ~joined["ignore"] & joined["split"].notna()]
+    held_out = _thinned(usable[usable["split"] != "train"], rng)
+    train = _thinned(usable[usable["split"] == "train"], rng)
+    names = np.unique(np.concatenate([train["window_id"], held_out["window_id"]]).astype(str))
+    truth = dict(zip(usable["window_id"], usable["malicious"], strict=True))
+    true_labels = np.array([bool(truth[name]) for name in names])
+    places = [np.searchsorted(names, part["window_id"].to_numpy(str)) for part in (train, held_out)]
+    x_train, x_held = (_compressed(part) for part in (train, held_out))
+    found, spread = [], []
+    for labels in (true_labels, *(rng.permutation(true_labels) for _ in range(8))):
+        y_train, y_held = (labels[place] for place in places)
+        if y_train.all() or not y_train.any() or y_held.all() or not y_held.any():
+            return _row("permuted labels at chance", float("nan"), 0.5,
+                        "too few malicious days on one side to tell")
+        found.append(roc_auc_score(y_held, detector(x_train, y_train, x_held)))
+        spread.append(_chance_spread(y_held.sum(), (~y_held).sum()))
+    limit = 0.5 + 4 * float(np.mean(spread[1:])) / np.sqrt(len(found) - 1)
+    return _row("permuted labels at chance", float(np.mean(found[1:])), limit,
+                f"mean ROC-AUC of {len(found) - 1} permutations; true labels give {found[0]:.3f}")
+
+
+def _thinned(part: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
+    """Return all malicious rows and enough others, at most `_MOST_ROWS` rows."""
+    if len(part) <= _MOST_ROWS:
+        return part
+    positive = np.flatnonzero(part["malicious"])[: _MOST_ROWS // 2]
+    negative = np.flatnonzero(~part["malicious"])
+    drawn = rng.choice(negative, min(len(negative), _MOST_ROWS - len(positive)), replace=False)
+    return part.iloc[np.sort(np.concatenate([positive, drawn]))]
+
+
+def _compressed(windows: pd.DataFrame) -> np.ndarray:
+    values = windows[list(_NUMBERS)].to_numpy(float)
+    return np.log1p(np.nan_to_num(values, nan=0.0).clip(min=0))
+
+
+def _chance_spread(positive: int, negative: int) -> float:
+    """Return the standard deviation of ROC-AUC for scores that know nothing (Mann-Whitney)."""
+    return float(np.sqrt((1 / positive + 1 / negative + 1 / (positive * negative)) / 12))
+
+
+def _cross_scores(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> float:
+    """Return the ROC-AUC of five-fold random-forest scores, folds stratified."""
+    folds = np.empty(len(y), int)
+    for value in (False, True):
+        rows = rng.permutation(np.flatnonzero(y == value))
+        folds[rows] = np.arange(len(rows)) % 5
+    scores = np.empty(len(y))
+    for fold in range(5):
+        forest = RandomForestClassifier(
+            60, min_samples_leaf=5, random_state=int(rng.integers(2**31)))
+        forest.fit(x[folds != fold], y[folds != fold])
+        scores[folds == fold] = forest.predict_proba(x[folds == fold])[:, -1]
+    return float(roc_auc_score(y, scores))
+
+
+def _guess(check: str, x: np.ndarray, y: np.ndarray, rng, what: str) -> dict:
+    if min(y.sum(), (~y).sum()) < 5:
+        return _row(check, float("nan"), 0.5, f"too few {what} to tell")
+    limit = 0.5 + 3.5 * _chance_spread(y.sum(), (~y).sum())
+    return _row(check, _cross_scores(x, y, rng), limit,
+                f"ROC-AUC of a random forest, {y.sum()} of {len(y)} {what}")
+
+
+def _characters(names: Sequence[str]) -> np.ndarray:
+    width = max(map(len, names))
+    return np.array([[ord(c) for c in name.ljust(width)] for name in names], float)
+
+
+def _account_names(windows: pd.DataFrame, seed: int) -> dict:
+    """The name of an account must not tell whether it ever has a malicious day."""
+    labels = windows.groupby("user")["malicious"].any().sort_index()
+    return _guess("account name says nothing", _characters(labels.index.tolist()),
+                  labels.to_numpy(bool), generator(seed, "splits.audit names"), "accounts")
+
+
+def _weekdays(windows: pd.DataFrame) -> dict:
+    """The weekday alone (prompts show it) must say little."""
+    usable = windows[~windows["precursor"] & ~windows["ignore"]]
+    rate = usable.groupby("weekday")["malicious"].mean()
+    if not 0 < usable["malicious"].mean() < 1:
+        return _row("weekday says little", float("nan"), 0.6, "only one class")
+    return _row("weekday says little",
+                roc_auc_score(usable["malicious"], usable["weekday"].map(rate)), 0.6,
+                "ROC-AUC of the weekday's own rate (in sample)")
+
+
+def _near_duplicates(joined: pd.DataFrame) -> dict:
+    """Held-out days that look like a training day in every number, roughly rounded."""
+    rounded = joined[list(_NUMBERS)].copy()
+    for name in _NUMBERS:
+        if name.endswith("_hour"):
+            rounded[name] = rounded[name].fillna(-1).round()
+        else:
+            rounded[name] = (2 * np.log2(1 + rounded[name].fillna(0))).round()
+    keys = pd.util.hash_pandas_object(rounded.astype("int32"), index=False)
+    train = (joined["split"] == "train").to_numpy()
+    held_out = joined["split"].isin(["dev", "test"]).to_numpy()
+    if not held_out.any():
+        return _row("near-duplicates across splits", float("nan"), 0.02, "no held-out windows")
+    twin = held_out & keys.isin(set(keys[train])).to_numpy()
+    malicious = int((twin & joined["malicious"].to_numpy(bool)).sum())
+    return _row("near-duplicates across splits", twin.sum() / held_out.sum(), 0.02,
+                f"{twin.sum()} of {held_out.sum()} held-out days, {malicious} of them malicious")
+
+
+def _fitted_on_training(manifest: dict, assignment: pd.DataFrame) -> dict:
+    training = set(assignment.loc[assignment["split"] == "train", "user"])
+    users = manifest["fit"]["users"]
+    if users is None:
+        held_out = len(set(assignment["user"]) - training)
+        return _row("deviation levels from training accounts", held_out, 0,
+                    "fitted on all accounts; call windows.relabel with the training accounts")
+    return _row("deviation levels from training accounts", len(set(users) - training), 0,
+                f"fitted on {len(users)} accounts")
+
+
+def _rebuilt_days(windows: pd.DataFrame, store: Path | str, settings: dict, seed: int) -> dict:
+    """Days built again from a store without anything later must come out the same."""
+    rng = generator(seed, "splits.audit rebuilt")
+    days = pd.to_datetime(windows["day"])
+    calendar = np.sort(days.unique())
+    wrong, compared, columns = 0, 0, set()
+    for share in (0.3, 0.6, 0.9):
+        day = pd.Timestamp(calendar[int(share * (len(calendar) - 1))])
+        there = windows[days == day].sort_values("user")
+        there = there.iloc[np.sort(rng.permutation(len(there))[:25])]
+        again = behaviour(
+            store, users=there["user"].tolist(),
+            before=(day + pd.Timedelta(days=1)).strftime("%Y-%m-%d"),
+            **{key: settings[key] for key in ("history_days", "min_history") if key in settings})
+        again = again[pd.to_datetime(again["day"]) == day].set_index("window_id")
+        again = again.reindex(there["window_id"])
+        differ = pd.DataFrame(index=there.index)
+        for name in (*_CHECKED, "enough_history"):
+            a, b = there[name].to_numpy(float), again[name].to_numpy(float)
+            differ[name] = ~np.isclose(a, b, rtol=1e-9, atol=1e-9, equal_nan=True)
+        for name in ("role", "department"):
+            differ[name] = there[name].to_numpy(object) != again[name].to_numpy(object)
+        wrong += int(differ.any(axis=1).sum())
+        compared += len(differ)
+        columns |= set(differ.columns[differ.any()])
+    return _row("nothing later in a baseline", wrong, 0,
+                f"{compared} days rebuilt" + (f"; differ in {', '.join(sorted(columns))}"
+                                              if columns else ""))
+
+
+def _key_days(windows: pd.DataFrame, store: Path | str) -> dict:
+    """Malicious windows are exactly the answer key's account-days that have events."""
+    with Store(store).connect() as connection:
+        key = {f"{user}_{day}" for user, day in connection.execute(
+            "SELECT DISTINCT user, date::DATE::VARCHAR FROM answers").fetchall()}
+    malicious = set(windows.loc[windows["malicious"], "window_id"])
+    there = key & set(windows["window_id"])
+    return _row("labels equal the answer key", len(malicious ^ there) + len(key - there), 0,
+                f"{len(key)} account-days in the key, {len(malicious)} malicious windows")
+
+
+def _event_ids(store: Path | str, seed: int) -> dict:
+    """The id string of an event must not tell whether the key lists it (same accounts, logs)."""
+    rng = generator(seed, "splits.audit ids")
+    with Store(store).connect() as connection:
+        labelled = [row[0] for row in connection.execute(
+            "SELECT DISTINCT id FROM answers ORDER BY 1").fetchall()]
+        events = " UNION ALL ".join(f"SELECT id, user, '{log}' AS log FROM {log}"
+                                    for log in ("logon", "device", "email"))
+        other = [row[0] for row in connection.execute(
+            f"SELECT DISTINCT id FROM ({events}) WHERE user IN (SELECT user FROM answers) "
+            "AND (log, id) NOT IN (SELECT (log, id) FROM answers) ORDER BY hash(id), id "
+            "LIMIT 1000").fetchall()]
+    if not labelled or not other:
+        return _row("event id says nothing", float("nan"), 0.5, "no labelled events")
+    picked = rng.permutation(len(labelled))[:1000]
+    names = [labelled[i] for i in picked] + other
+    y = np.arange(len(names)) < len(picked)
+    return _guess("event id says nothing", _characters(names), y, rng, "events")
