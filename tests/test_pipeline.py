@@ -1,5 +1,7 @@
 """The runner: what is skipped, what runs again, and an exit that can be trusted."""
 
+import importlib
+import inspect
 import json
 import os
 import signal
@@ -251,8 +253,11 @@ def test_every_need_in_the_table_is_an_earlier_notebook():
 def test_the_study_begins_with_the_data_and_hashes_all_it_depends_on(tmp_path):
     stages = study_stages(profile("smoke"), seed=3, data="", runs=tmp_path, notebooks=tmp_path)
     assert [stage.name for stage in stages] == ["data", *NOTEBOOKS]
-    assert stages[0].parameters == {"profile": "smoke", "seed": 3, "data": "",
+    assert stages[0].parameters == {"profile_name": "smoke", "seed": 3, "data": "",
                                     "runs": str(tmp_path)}
+    module, _, function = stages[0].call.partition(":")
+    signature = inspect.signature(getattr(importlib.import_module(module), function))
+    signature.bind(**stages[0].parameters)
     for stage in stages[1:]:
         assert tuple(stage.parameters) == PARAMETERS
         assert {"settings", "data", "code", "versions"} == set(stage.inputs)

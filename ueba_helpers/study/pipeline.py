@@ -67,7 +67,8 @@ PARAMETERS = ("PROFILE", "SEED", "DATA", "RUNS")
 
 # Files of a study that no stage reads, or that differ between two equal runs.
 _NO_PRODUCT_FOLDERS = {"notebooks", "html", "logs", "stages", "figures", "checkpoints"}
-_NO_PRODUCT_FILES = {"timings.jsonl", "resources.json", "provenance.json", "report.html"}
+_NO_PRODUCT_FILES = ("timings.jsonl", "resources.json", "provenance.json", "report.html",
+                     "seconds.json")
 
 _SOCKET_PATH_LIMIT = 100  # a Unix socket's path ends at 104 (macOS) or 108 bytes (Linux)
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -131,10 +132,11 @@ def study_stages(chosen: Profile, *, seed: int, data: Path | str, runs: Path | s
     found = data_hash(chosen, seed=seed, data=data)
     stages = [Stage(
         name=DATA_STAGE, call="ueba_helpers.study.stages:prepare_data",
-        parameters={key.lower(): value for key, value in parameters.items()},
+        parameters={"profile_name": chosen.name, "seed": seed, "data": parameters["DATA"],
+                    "runs": parameters["RUNS"]},
         locations=("data", "runs"),
         inputs={"settings": settings, "data": found,
-                "code": code_fingerprint("data", "study/config.py", "study/stages.py")},
+                "code": code_fingerprint("data", "task", "study/config.py", "study/stages.py")},
         expected_seconds=chosen.expected_seconds(DATA_STAGE),
         limit_seconds=chosen.limit_seconds(DATA_STAGE))]
     code = notebook_code_fingerprint()
@@ -276,7 +278,7 @@ def _snapshot(study: Path) -> dict[str, tuple[int, int]]:
         folders[:] = [name for name in folders
                       if name not in _NO_PRODUCT_FOLDERS and not name.startswith(".")]
         for name in files:
-            if name in _NO_PRODUCT_FILES or name.startswith("."):
+            if name.endswith(_NO_PRODUCT_FILES) or name.startswith("."):
                 continue
             path = Path(folder) / name
             stat = path.stat()

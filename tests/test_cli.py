@@ -1,0 +1,234 @@
+"""The command `ueba`: exit statuses, messages, and the lines a study ends with."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+
+from ueba_helpers import cli
+from ueba_helpers.errors import UserError
+from ueba_helpers.rl.settings import PolicySettings
+from ueba_helpers.study import pipeline, runs
+from ueba_helpers.study.config import profile
+from ueba_helpers.study.pipeline import Stage, stage_environment
+from ueba_helpers.study.report import COMPARISON_COLUMNS
+
+TOY = '''
+from pathlib import Path
+from ueba_helpers.errors import UserError
+
+def compare(study, table):
+    Path(study, "comparison.csv").write_text(table)
+
+def fail(study, table): raise RuntimeError("the critic diverged")
+def refuse(study, table): raise UserError("DATA: http.csv: line 7: 4 fields, not 6")
+'''
+
+
+@pytest.fixture
+def toy_study(tmp_path, monkeypatch):
+    """Put a study of one toy stage in the place of the real one; return how to choose it."""
+    (tmp_path / "toy_commands.py").write_text(TOY)
+    row = dict.fromkeys(COMPARISON_COLUMNS, 0.25) | {"detector": "grpo", "seconds": 60}
+    study = runs.study_folder(profile("smoke"), seed=0, data="", runs=tmp_path / "runs")
+
+    def choose(function):
+        stage = Stage(name="07_comparison", call=f"toy_commands:{function}", limit_seconds=60,
+                      parameters={"study": str(study),
+                                  "table": pd.DataFrame([row]).to_csv(index=False)})
+        monkeypatch.setattr(pipeline, "study_stages", lambda *_, **__: [stage])
+        monkeypatch.setattr(pipeline, "stage_environment", lambda **__: {
+            **stage_environment(threads=1), "PYTHONPATH": str(tmp_path)})
+        return ["study", "--profile", "smoke", "--runs", str(tmp_path / "runs")], study
+
+    return choose
+
+
+def test_a_study_ends_with_its_table_and_the_path_of_its_report(toy_study, capsys):
+    arguments, study = toy_study("compare")
+    assert cli.main(arguments) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[-1] == f"report: {study / 'report.html'}"
+    heading = next(line for line in shown if line.startswith("detector"))
+    for column in ("macro-F1", "PR-AUC", "valid format", "evidence hit rate", "seconds", "GiB"):
+        assert column in heading
+    assert shown[shown.index(heading) + 1].startswith("grpo")
+    assert "<td>grpo</td>" in (study / "report.html").read_text()
+    assert cli.main(arguments) == 0
+    assert "unchanged" in capsys.readouterr().out
+
+
+def test_a_failed_stage_gives_status_one_and_says_what_to_open(toy_study, capsys):
+    arguments, study = toy_study("fail")
+    assert cli.main(arguments) == 1
+    shown = capsys.readouterr()
+    assert "RuntimeError: the critic diverged" in shown.out
+    assert f"open {study / 'logs' / '07_comparison.log'}" in shown.out
+    assert "Traceback" not in shown.out + shown.err
+    assert "the critic diverged" in (study / "report.html").read_text()
+
+
+def test_bad_input_inside_a_stage_gives_status_two_and_its_message(toy_study, capsys):
+    arguments, study = toy_study("refuse")
+    assert cli.main(arguments) == 2
+    assert capsys.readouterr().err == "ueba study: DATA: http.csv: line 7: 4 fields, not 6\n"
+    assert not study.exists()
+
+
+def test_a_dry_run_writes_nothing(toy_study, capsys):
+    arguments, study = toy_study("compare")
+    assert cli.main([*arguments, "--dry-run"]) == 0
+    assert "nothing was run" in capsys.readouterr().out
+    assert not study.exists()
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["study", "--profile", "huge"], "Unknown profile 'huge'. Legal profiles: smoke"),
+    (["study", "--seed", "-1"], "--seed -1 is not possible"),
+    (["study", "--data", "/no/such/r4.2"], "the path /no/such/r4.2 does not exist"),
+    (["study", "--only", "99_dessert"], "Unknown notebook '99_dessert'"),
+    (["estimate", "--profile", "huge"], "Unknown profile 'huge'"),
+    (["ingest", "/no/such/r4.2", "--out", "store"], "/no/such/r4.2"),
+    (["simulate", "out", "--users", "3"], "users"),
+])
+def test_a_mistake_gives_one_message_and_status_two(arguments, message, capsys, tmp_path,
+                                                    monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 2
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert shown.err.startswith(f"ueba {arguments[0]}: ")
+    assert "Traceback" not in shown.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [[], ["dance"], ["simulate"], ["study", "--seed", "x"],
+                                       ["simulate", "out", "--insiders", "1,2"]])
+def test_arguments_that_cannot_be_parsed_give_status_two(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 2
+    assert "usage: ueba" in capsys.readouterr().err
+
+
+def test_an_interrupt_gives_status_130(monkeypatch, capsys):
+    def interrupted(_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_doctor", interrupted)
+    assert cli.main(["doctor"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_statuses_reach_the_shell_and_a_defect_gives_status_one(tmp_path):
+    def status(*arguments, environment=None):
+        return subprocess.run([sys.executable, "-m", "ueba_helpers", *arguments], check=False,
+                              capture_output=True, cwd=tmp_path, env=environment).returncode
+
+    assert status("study", "--help") == 0
+    assert status("study", "--profile", "huge") == 2
+    (tmp_path / "sitecustomize.py").write_text(
+        "import ueba_helpers.cli as cli\n"
+        "def _doctor(options): raise ZeroDivisionError\n"
+        "cli._doctor = _doctor\n")
+    assert status("doctor", environment={**os.environ, "PYTHONPATH": str(tmp_path)}) == 1
+
+
+def test_simulate_and_ingest_do_what_they_say(tmp_path, capsys):
+    release, store = tmp_path / "r4.2", tmp_path / "store"
+    assert cli.main(["simulate", str(release), "--users", "24", "--days", "45", "--seed", "1",
+                     "--insiders", "1,1,1", "--web-rate", "0.1"]) == 0
+    assert "24 users, 45 days, 3 insiders" in capsys.readouterr().out
+    assert {"logon.csv", "http.csv", "LDAP", "answers"} <= {
+        path.name for path in release.iterdir()}
+    assert cli.main(["ingest", str(release), "--out", str(store), "--json"]) == 0
+    manifest = json.loads(capsys.readouterr().out)
+    assert manifest["rows"]["stored"] == manifest["rows"]["read"] > 1000
+    assert (store / "manifest.json").exists()
+
+
+def test_ingest_of_another_release_is_refused_and_leaves_no_store(release, tmp_path, capsys):
+    import shutil
+
+    copy = tmp_path / "release"
+    shutil.copytree(release, copy)
+    lines = (copy / "device.csv").read_text().splitlines()
+    lines[0] = "id,date,user,pc,file_tree,activity"
+    (copy / "device.csv").write_text("\n".join(lines) + "\n")
+    assert cli.main(["ingest", str(copy), "--out", str(tmp_path / "store")]) == 2
+    assert "device.csv" in capsys.readouterr().err
+    assert not (tmp_path / "store").exists()
+
+
+# ------------------------------------------------------------ estimate and doctor
+
+@pytest.mark.parametrize("settings", [
+    PolicySettings(vocab_size=512, hidden_size=32, layers=1),
+    PolicySettings(vocab_size=1024, hidden_size=96, layers=2),
+])
+def test_the_estimate_counts_every_parameter_of_the_tiny_policy(settings):
+    from transformers import AutoModelForCausalLM
+
+    from ueba_helpers.rl.policies import Qwen3Config
+
+    heads = max(2, settings.hidden_size // 32)
+    model = AutoModelForCausalLM.from_config(Qwen3Config(
+        vocab_size=settings.vocab_size, hidden_size=settings.hidden_size, head_dim=32,
+        intermediate_size=3 * settings.hidden_size, num_hidden_layers=settings.layers,
+        num_attention_heads=heads, num_key_value_heads=max(1, heads // 2),
+        tie_word_embeddings=True))
+    assert cli.policy_parameters(settings) == sum(
+        weights.numel() for weights in model.parameters())
+
+
+def test_full_training_needs_nine_copies_and_an_unknown_model_has_no_estimate():
+    assert cli.training_bytes(PolicySettings(), 1000) == 1000 * 4 * 9
+    lora = PolicySettings(lora_rank=32, dtype="bfloat16")
+    assert 2000 < cli.training_bytes(lora, 1000) < 2000 * 1.5
+    assert cli.policy_parameters(PolicySettings(name="somebody/some-model")) is None
+
+
+def test_estimate_lists_every_stage_and_their_sum(capsys, tmp_path):
+    assert cli.main(["estimate", "--profile", "laptop", "--runs", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:-1]] == ["data", *pipeline.NOTEBOOKS, "all"]
+    assert "1.0 M parameters" in lines[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_doctor_finds_a_package_that_is_not_as_pinned(monkeypatch, capsys):
+    assert cli.main(["doctor"]) == 0
+    assert "everything is in order" in capsys.readouterr().out
+    true_version = runs.installed_version
+    monkeypatch.setattr(runs, "installed_version",
+                        lambda name: "0.0.1" if name == "trl" else true_version(name))
+    assert cli.main(["doctor"]) == 1
+    shown = capsys.readouterr().out
+    assert "trl 0.0.1, pinned 1.14.2" in shown
+    assert "1 to mend" in shown
+
+
+def test_progress_rewrites_one_line_on_a_terminal_and_is_quiet_elsewhere():
+    import io
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal, file = Terminal(), io.StringIO()
+    for stream in (terminal, file):
+        progress = cli._Progress(stream)
+        progress.tell("started")
+        progress.tick("0:01 of about 1:00")
+        progress.tick("0:02")
+        progress.tell("done")
+    assert file.getvalue() == "started\ndone\n"
+    assert terminal.getvalue().count("\n") == 2
+    assert terminal.getvalue().endswith("\r" + " " * 4 + "\rdone\n")
+
+
+def test_user_errors_are_values_that_tests_can_tell_apart():
+    assert issubclass(UserError, ValueError)
