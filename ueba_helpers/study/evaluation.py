@@ -125,6 +125,8 @@ def join(predictions: pd.DataFrame, truth: pd.DataFrame, sample: pd.DataFrame) -
     _refuse(rows.loc[~(np.isfinite(weight) & (weight >= 0)), "window_id"],
             "column weight_natural is not a number of 0 and more")
     rows["valid"] = valid
+    for name in ("headline", "malicious", "precursor", "ignore"):
+        rows[name] = rows[name].astype(bool)
     lowest = scores[valid].min() if valid.any() else 0.0
     rows["score"] = np.where(valid, scores, lowest - 1.0)
     rows["weight_natural"] = np.where(rows["ignore"] | rows["precursor"], 0.0, weight)
@@ -498,14 +500,14 @@ def _insiders(rows: pd.DataFrame, budget: float) -> pd.DataFrame:
     ranking = _rank(score, positive, rows["weight_natural"].to_numpy(float)[None])
     fits = ranking.all[0] <= ranking.all[0, -1] * budget / 1000
     threshold = ranking.scores[fits][-1] if fits.any() else np.inf
-    days = rows[positive].assign(day=pd.to_datetime(rows.loc[positive, "day"]),
-                                 flagged=score[positive] >= threshold)
-    found = days[days["flagged"] & days["valid"]].groupby("incident")["day"].min()
+    days = rows[positive].assign(day=pd.to_datetime(rows.loc[positive, "day"]))
+    flagged = days["valid"] & (days["score"] >= threshold)
+    days["found_day"] = days["day"].where(flagged)  # NaT where it was not
     table = days.groupby("incident").agg(scenario=("scenario", "max"), days=("day", "size"),
-                                         first_day=("day", "min")).reset_index()
-    table["found_day"] = table["incident"].map(found)
+                                         first_day=("day", "min"),
+                                         found_day=("found_day", "min")).reset_index()
     table["found"] = table["found_day"].notna()
-    table["days_until_found"] = (pd.to_datetime(table["found_day"]) - table["first_day"]).dt.days
+    table["days_until_found"] = (table["found_day"] - table["first_day"]).dt.days
     return table[["incident", "scenario", "days", "first_day", "found", "found_day",
                   "days_until_found"]]
 

@@ -1,0 +1,611 @@
+"""Evaluation by hand on tiny tables, against scikit-learn, and against wrong twins of itself."""
+
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import average_precision_score, f1_score, precision_recall_fscore_support
+
+from ueba_helpers.errors import UserError
+from ueba_helpers.study import evaluation
+from ueba_helpers.task.verdicts import RISKS
+
+FAST = {"resamples": 50, "seed": 0}
+
+
+def tables(rows, *, detector="a", seed=0, split="dev"):
+    """Return predictions, truth and sample from (user, label, said, score, weight) rows and more.
+
+    Each row is a dict; what it leaves out takes the plainest value.
+    """
+    predictions, truth, sample = [], [], []
+    for i, row in enumerate(rows):
+        window = row.get("window_id", f"W{i:04d}")
+        day = pd.Timestamp(row.get("day", "2010-07-01")).date()
+        label, said = row["label"], row.get("said", row["label"])
+        predictions.append({
+            "detector": detector, "seed": seed, "window_id": window, "user": row["user"],
+            "day": day, "split": split, "label": label, "risk": said,
+            "score": row.get("score", RISKS.index(said) / 2 if said in RISKS else -1.0),
+            "features": row.get("features", []), "evidence": row.get("evidence", []),
+            "valid": said != "invalid", "seconds": 0.01})
+        truth.append({
+            "window_id": window, "user": row["user"], "day": day, "risk": label,
+            "malicious": label == "malicious", "scenario": row.get("scenario", 0),
+            "incident": row.get("incident"), "precursor": row.get("precursor", False),
+            "ignore": row.get("ignore", False), "evidence_truth": row.get("truth", []),
+            "dont_care": row.get("dont_care", []), "feature_truth": row.get("feature_truth", [])})
+        sample.append({"window_id": window, "split": split, "headline": row.get("headline", True),
+                       "weight_natural": row.get("weight", 1.0), "stratum": 0})
+    return pd.DataFrame(predictions), pd.DataFrame(truth), pd.DataFrame(sample)
+
+
+def random_rows(n=300, users=40, seed=0, skill=1.0):
+    """Return rows whose users differ in difficulty, so that a user's days are correlated."""
+    draw = np.random.default_rng(seed)
+    hard = draw.normal(size=users)
+    rows = []
+    for i in range(n):
+        user = int(draw.integers(users))
+        level = int(draw.choice(3, p=[0.5, 0.3, 0.2]))
+        score = skill * level + hard[user] + draw.normal()
+        said = "invalid" if draw.random() < 0.03 else RISKS[int(np.clip(round(score), 0, 2))]
+        rows.append({"user": f"U{user:02d}", "label": RISKS[level], "said": said,
+                     "score": round(float(score), 1), "weight": float(draw.choice([1, 5, 30])),
+                     "incident": f"I{user}" if level == 2 else None, "scenario": 1 + user % 3,
+                     "day": f"2010-07-{1 + i % 28:02d}"})
+    return rows
+
+
+def value(metrics, name, column="value"):
+    found = metrics.loc[metrics["metric"] == name, column]
+    assert len(found) == 1, name
+    return found.iloc[0]
+
+
+def evaluated(rows, **options):
+    return evaluation.evaluate(*tables(rows), **{**FAST, **options})
+
+
+# ------------------------------------------------------------------ risk levels
+
+def test_headline_metrics_by_hand():
+    metrics = evaluated([
+        {"user": "A", "label": "normal"},
+        {"user": "A", "label": "normal", "said": "suspicious"},
+        {"user": "B", "label": "suspicious"},
+        {"user": "B", "label": "malicious", "said": "invalid"},
+        {"user": "C", "label": "malicious"},
+        {"user": "C", "label": "normal", "said": "malicious", "headline": False},
+    ])
+    assert value(metrics, "accuracy") == pytest.approx(3 / 5)
+    # F1: normal 2*1/(2+1), suspicious 2*1/(1+2), malicious 2*1/(2+1)
+    assert value(metrics, "macro_f1") == pytest.approx(2 / 3)
+    assert value(metrics, "precision_suspicious") == pytest.approx(1 / 2)
+    assert value(metrics, "recall_malicious") == pytest.approx(1 / 2)
+    assert value(metrics, "valid_rate") == pytest.approx(4 / 5)
+    assert value(metrics, "macro_f1", "n") == 5
+    assert value(metrics, "accuracy_natural") == pytest.approx(3 / 6)
+
+
+def test_class_metrics_agree_with_scikit_learn_and_weights_matter():
+    rows = random_rows()
+    predictions, _truth, sample = tables(rows)
+    metrics = evaluated(rows)
+    said, label = predictions["risk"], predictions["label"]
+    expected = f1_score(label, said, labels=list(RISKS), average="macro", zero_division=0)
+    assert value(metrics, "macro_f1") == pytest.approx(expected, abs=1e-12)
+    precision, recall, f1, _ = precision_recall_fscore_support(
+        label, said, labels=list(RISKS), zero_division=0)
+    for i, risk in enumerate(RISKS):
+        assert value(metrics, f"precision_{risk}") == pytest.approx(precision[i], abs=1e-12)
+        assert value(metrics, f"recall_{risk}") == pytest.approx(recall[i], abs=1e-12)
+        assert value(metrics, f"f1_{risk}") == pytest.approx(f1[i], abs=1e-12)
+    weighted = f1_score(label, said, labels=list(RISKS), average="macro", zero_division=0,
+                        sample_weight=sample["weight_natural"])
+    assert value(metrics, "macro_f1_natural") == pytest.approx(weighted, abs=1e-12)
+    # Broken twins: invalid rows dropped, weights ignored.
+    kept = said != "invalid"
+    dropped = f1_score(label[kept], said[kept], labels=list(RISKS), average="macro")
+    assert abs(dropped - value(metrics, "macro_f1")) > 1e-3
+    assert abs(expected - value(metrics, "macro_f1_natural")) > 1e-3
+
+
+def test_confusion_counts_every_headline_row_and_has_an_invalid_column():
+    rows = random_rows(60)
+    table = evaluation.confusion(*tables(rows))
+    assert list(table.columns) == [*RISKS, "invalid"]
+    assert table.to_numpy().sum() == 60
+    assert table["invalid"].sum() == sum(row["said"] == "invalid" for row in rows)
+    assert table.loc["normal", "malicious"] == sum(
+        row["label"] == "normal" and row["said"] == "malicious" for row in rows)
+    natural = evaluation.confusion(*tables(rows), natural=True)
+    assert natural.to_numpy().sum() == pytest.approx(sum(row["weight"] for row in rows))
+
+
+# ------------------------------------------------------------------ ranking
+
+def test_average_precision_agrees_with_scikit_learn_under_weights_and_ties():
+    draw = np.random.default_rng(3)
+    for _ in range(20):
+        n = 80
+        score = draw.integers(0, 12, n) / 4.0
+        positive = draw.random(n) < 0.3
+        weight = draw.choice([0.0, 0.3, 1.0, 40.0], n)
+        if not (weight * positive).any():
+            continue
+        got = evaluation.average_precision(score, positive, weight)
+        assert got == pytest.approx(
+            average_precision_score(positive, score, sample_weight=weight), abs=1e-12)
+    # Broken twins: unweighted, and ties broken by the order of rows.
+    unweighted = average_precision_score(positive, score)
+    assert abs(unweighted - got) > 1e-3
+    untied = score - 1e-9 * np.arange(n)
+    assert abs(average_precision_score(positive, untied, sample_weight=weight) - got) > 1e-4
+
+
+def test_pr_auc_restores_the_population_from_a_weighted_sample():
+    draw = np.random.default_rng(0)
+    n = 60_000
+    positive = draw.random(n) < 0.005
+    score = draw.normal(size=n) + 2.5 * positive
+    full = average_precision_score(positive, score)
+    hard = score > np.quantile(score, 0.98)
+    taken = positive | hard | (draw.random(n) < 0.02)
+    weight = np.where(positive | hard, 1.0, (~positive & ~hard).sum()
+                      / (taken & ~positive & ~hard).sum())
+    got = evaluation.average_precision(score[taken], positive[taken], weight[taken])
+    assert got == pytest.approx(full, abs=0.01)
+    unweighted = evaluation.average_precision(score[taken], positive[taken])
+    assert abs(unweighted - full) > 0.01 or taken.mean() > 0.9
+
+
+def test_ranking_metrics_by_hand_at_natural_weights():
+    metrics = evaluated([
+        {"user": "A", "label": "malicious", "said": "malicious", "score": 0.9},
+        {"user": "B", "label": "normal", "said": "malicious", "score": 0.8},
+        {"user": "C", "label": "malicious", "said": "suspicious", "score": 0.7},
+        {"user": "D", "label": "normal", "said": "normal", "score": 0.1, "weight": 997.0},
+    ], budgets=(1, 2, 3, 4))
+    assert value(metrics, "base_rate") == pytest.approx(0.002)
+    assert value(metrics, "pr_auc") == pytest.approx((1 + 2 / 3) / 2)
+    assert [value(metrics, f"recall_at_{b}") for b in (1, 2, 3, 4)] == pytest.approx(
+        [0.5, 0.5, 1, 1])
+    assert [value(metrics, f"precision_at_{b}") for b in (1, 2, 3, 4)] == pytest.approx(
+        [1, 1 / 2, 2 / 3, 2 / 4])
+
+
+def test_a_budget_inside_a_tie_takes_the_expected_value_over_random_orders():
+    rows = [{"user": "A", "label": "malicious", "said": "malicious", "score": 0.5}]
+    rows += [{"user": "B", "label": "normal", "said": "malicious", "score": 0.5}] * 3
+    rows = [dict(row) for row in rows]
+    rows.append({"user": "C", "label": "normal", "score": 0.0, "weight": 996.0})
+    metrics = evaluated(rows, budgets=(2,))
+    assert value(metrics, "recall_at_2") == pytest.approx(0.5)  # 2 alerts among 4 equal rows
+    assert value(metrics, "precision_at_2") == pytest.approx(0.25)
+
+
+def test_ignored_days_weigh_nothing_and_precursors_have_a_row_of_their_own():
+    rows = [
+        {"user": "A", "label": "malicious", "said": "malicious", "score": 0.9, "weight": 0.5},
+        {"user": "A", "label": "suspicious", "said": "malicious", "score": 0.95,
+         "precursor": True},
+        {"user": "B", "label": "normal", "said": "malicious", "score": 0.97, "ignore": True},
+        {"user": "C", "label": "normal", "score": 0.1, "weight": 99.5},
+    ]
+    metrics = evaluated(rows)
+    assert value(metrics, "pr_auc") == pytest.approx(1.0)
+    assert value(metrics, "base_rate") == pytest.approx(0.005)
+    assert value(metrics, "pr_auc_precursors") == pytest.approx(1.0)
+    missed = [dict(row) for row in rows]
+    missed[1]["score"] = 0.0
+    metrics = evaluated(missed)
+    assert value(metrics, "pr_auc") == pytest.approx(1.0)
+    # The precursor ranks last: recall 1/2 at precision 1, then 1 at 1/100.5 of the weight.
+    assert value(metrics, "pr_auc_precursors") == pytest.approx((1 + 1 / 100.5) / 2)
+    # Broken twin: a precursor counted as benign would cost precision.
+    benign = [dict(row) for row in rows]
+    benign[1]["precursor"] = False
+    assert value(evaluated(benign), "pr_auc") < 0.6
+
+
+def test_an_invalid_verdict_ranks_below_every_valid_one_whatever_its_score():
+    rows = [{"user": "A", "label": "malicious", "said": "invalid", "score": 99.0},
+            {"user": "B", "label": "malicious", "score": -3.0},
+            {"user": "C", "label": "normal", "score": -5.0, "weight": 8.0}]
+    metrics = evaluated(rows)
+    assert value(metrics, "pr_auc") == pytest.approx((1 + 2 / 10) / 2)
+    assert np.isnan(value(metrics, "brier"))  # valid scores are no probabilities
+
+
+def test_calibration_by_hand():
+    rows = [{"user": "A", "label": "malicious", "said": "malicious", "score": 0.95},
+            {"user": "B", "label": "normal", "said": "malicious", "score": 0.85},
+            {"user": "C", "label": "normal", "score": 0.05, "weight": 2.0}]
+    metrics = evaluated(rows)
+    assert value(metrics, "brier") == pytest.approx((0.05**2 + 0.85**2 + 2 * 0.05**2) / 4)
+    assert value(metrics, "ece") == pytest.approx((0.05 + 0.85 + 2 * 0.05) / 4)
+
+
+def test_curves_run_through_the_metrics():
+    rows = random_rows(200)
+    curve = evaluation.budget_curve(*tables(rows), budgets=(1, 5, 10, 1000), **FAST)
+    metrics = evaluated(rows)
+    assert curve.set_index("budget").loc[5, "recall"] == pytest.approx(
+        value(metrics, "recall_at_5"))
+    assert curve["recall"].iloc[-1] == pytest.approx(1.0)
+    assert curve["recall"].is_monotonic_increasing
+    precision = evaluation.precision_recall_curve(*tables(rows), **FAST)
+    assert precision["precision"].iloc[-1] >= value(metrics, "base_rate") - 1e-12
+    assert precision["precision"].mean() == pytest.approx(value(metrics, "pr_auc"), abs=0.02)
+    inside = precision.dropna()
+    assert (inside["low"] <= inside["high"]).all()
+
+
+# ------------------------------------------------------------------ evidence and features
+
+CITED = [
+    # cited, truth, don't-care, hit rate, F1
+    (["e1", "e2"], ["e1", "e2"], [], 1.0, 1.0),
+    (["e1"], ["e1", "e2"], [], 0.5, 2 / 3),
+    (["e1", "e3"], ["e1", "e2"], [], 0.5, 0.5),
+    (["e1", "e3"], ["e1", "e2"], ["e3"], 0.5, 2 / 3),
+    (["e1", "e1"], ["e1", "e2"], ["e1"], 0.5, 2 / 3),
+    ([], ["e1"], [], 0.0, 0.0),
+    ([], [], [], np.nan, 1.0),
+    (["e1"], [], [], np.nan, 0.0),
+    (["e1"], [], ["e1"], np.nan, 1.0),
+]
+
+
+@pytest.mark.parametrize(("cited", "truth", "free", "hit", "f1"), CITED)
+def test_evidence_scores_by_table(cited, truth, free, hit, f1):
+    assert evaluation.evidence_scores(cited, truth, free) == pytest.approx((hit, f1), nan_ok=True)
+
+
+def test_evidence_and_features_average_over_the_right_windows():
+    rows = [
+        {"user": "A", "label": "malicious", "evidence": ["e1"], "truth": ["e1", "e2"],
+         "features": ["x", "y"], "feature_truth": ["x", "z"]},
+        {"user": "B", "label": "suspicious", "said": "invalid", "evidence": [], "truth": ["e1"],
+         "feature_truth": ["x"]},
+        {"user": "C", "label": "normal", "evidence": [], "features": ["x"],
+         "feature_truth": ["x"]},
+        {"user": "D", "label": "normal", "said": "invalid", "evidence": []},
+    ]
+    metrics = evaluated(rows)
+    assert value(metrics, "evidence_hit_rate") == pytest.approx((0.5 + 0) / 2)
+    assert value(metrics, "evidence_f1") == pytest.approx((2 / 3 + 0) / 2)
+    # The invalid verdict about a normal day cites nothing, and still earns nothing.
+    assert value(metrics, "evidence_f1_all") == pytest.approx((2 / 3 + 0 + 1 + 0) / 4)
+    assert value(metrics, "feature_agreement") == pytest.approx((1 / 2 + 0 + 1 + 0) / 4)
+    assert value(metrics, "feature_precision") == pytest.approx((1 / 2 + 0 + 1 + 0) / 4)
+    assert value(metrics, "evidence_hit_rate", "n") == 2
+    counts = evaluation.evidence_counts(*tables(rows))
+    assert counts.loc["malicious"].tolist() == [1, 1, 0, 0]
+    assert counts.loc["suspicious"].tolist() == [0, 1, 0, 0]
+
+
+# ------------------------------------------------------------------ insiders
+
+def test_insiders_and_days_until_found_by_hand():
+    def day(user, label, date, score, **more):
+        return {"user": user, "label": label, "day": date, "score": score,
+                "said": "malicious" if score > 0.5 else "normal", **more}
+
+    rows = [
+        day("A", "malicious", "2010-07-01", 0.2, incident="I1", scenario=2),
+        day("A", "malicious", "2010-07-05", 0.9, incident="I1", scenario=2),
+        day("B", "malicious", "2010-07-02", 0.1, incident="I2", scenario=1),
+        # A supervisor's account, abused: flagged there, the insider C counts as found.
+        day("C", "malicious", "2010-07-03", 0.1, incident="I3", scenario=3),
+        day("D", "malicious", "2010-07-04", 0.8, incident="I3", scenario=3),
+        day("E", "normal", "2010-07-04", 0.0, weight=995.0),
+    ]
+    table = evaluation.insiders_found(*tables(rows), budget=2).set_index("incident")
+    assert table["found"].to_dict() == {"I1": True, "I2": False, "I3": True}
+    assert table.loc["I1", "days_until_found"] == 4
+    assert table.loc["I3", "days_until_found"] == 1
+    metrics = evaluated(rows, budgets=(1, 2))
+    assert value(metrics, "insiders_found_at_2") == pytest.approx(2 / 3)
+    assert value(metrics, "insiders_found_at_1") == pytest.approx(1 / 3)
+    assert value(metrics, "insiders_found_scenario_2_at_1") == 1.0
+    assert value(metrics, "insiders_found_scenario_1_at_2") == 0.0
+    assert value(metrics, "days_until_found_at_2") == pytest.approx(2.5)
+    assert value(metrics, "insiders_found_scenario_3_at_2", "n") == 1
+
+
+def test_a_constant_score_finds_nobody():
+    rows = [dict(row, score=0.5) for row in random_rows(100)]
+    assert not evaluation.insiders_found(*tables(rows), budget=10)["found"].any()
+
+
+# ------------------------------------------------------------------ intervals
+
+def test_intervals_are_deterministic_and_do_not_depend_on_the_order_of_rows():
+    rows = random_rows()
+    predictions, truth, sample = tables(rows)
+    first = evaluation.evaluate(predictions, truth, sample, **FAST)
+    shuffled = evaluation.evaluate(predictions.sample(frac=1, random_state=1),
+                                   truth.sample(frac=1, random_state=2),
+                                   sample.sample(frac=1, random_state=3), **FAST)
+    pd.testing.assert_frame_equal(first, shuffled, check_exact=True)
+    other = evaluation.evaluate(predictions, truth, sample, resamples=50, seed=1)
+    assert value(other, "macro_f1", "low") != value(first, "macro_f1", "low")
+    assert value(other, "macro_f1") == value(first, "macro_f1")
+
+
+def test_intervals_match_a_plain_loop_over_resampled_users():
+    rows = random_rows(120, users=12)
+    predictions, _truth, sample = tables(rows)
+    users = sorted(predictions["user"].unique())
+    draws = evaluation.user_draws(len(users), resamples=40, seed=0)
+    macro, area = [], []
+    for draw in draws:
+        times = predictions["user"].map(dict(zip(users, draw, strict=True))).to_numpy(int)
+        again = predictions.loc[predictions.index.repeat(times)]
+        weight = sample["weight_natural"].loc[again.index]
+        macro.append(f1_score(again["label"], again["risk"], labels=list(RISKS),
+                              average="macro", zero_division=0))
+        lowest = predictions.loc[predictions["valid"], "score"].min() - 1
+        area.append(average_precision_score(
+            again["label"] == "malicious", again["score"].where(again["valid"], lowest),
+            sample_weight=weight))
+    metrics = evaluated(rows, resamples=40)
+    for name, values in (("macro_f1", macro), ("pr_auc", area)):
+        low, high = np.quantile(values, [0.025, 0.975])
+        assert value(metrics, name, "low") == pytest.approx(low, abs=1e-9)
+        assert value(metrics, name, "high") == pytest.approx(high, abs=1e-9)
+
+
+def test_resampling_users_is_wider_than_resampling_rows_where_users_differ():
+    draw = np.random.default_rng(0)
+    rows = []
+    for user in range(20):
+        right = draw.random() < 0.5
+        rows += [{"user": f"U{user:02d}", "label": "normal",
+                  "said": "normal" if right else "suspicious"} for _ in range(15)]
+    rows += [{"user": "Z", "label": "malicious"}, {"user": "Z", "label": "suspicious"}]
+    by_user = evaluated(rows, resamples=400)
+    alone = [dict(row, user=f"R{i:03d}") for i, row in enumerate(rows)]
+    by_row = evaluated(alone, resamples=400)
+
+    def width(metrics):
+        return value(metrics, "accuracy", "high") - value(metrics, "accuracy", "low")
+
+    assert value(by_user, "accuracy") == value(by_row, "accuracy")
+    assert width(by_user) > 2.5 * width(by_row)  # about the square root of 15
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says():
+    covered = row_wise = 0
+    users, days = 30, 6
+    for trial in range(200):
+        draw = np.random.default_rng(trial)
+        right = np.where(draw.random((users, 1)) < 2 / 3,  # users differ: mean 2/3
+                         draw.random((users, days)) < 0.9, draw.random((users, days)) < 0.2)
+        truth = 0.9 * 2 / 3 + 0.2 / 3
+        draws = evaluation.user_draws(users, resamples=300, seed=trial)
+        low, high = evaluation.percentile_interval(draws @ right.sum(1) / (draws.sum(1) * days))
+        covered += low <= truth <= high
+        rows = evaluation.user_draws(users * days, resamples=300, seed=trial)
+        low, high = evaluation.percentile_interval(rows @ right.ravel() / (users * days))
+        row_wise += low <= truth <= high
+    assert 0.89 <= covered / 200 <= 0.98
+    assert row_wise / 200 < 0.8  # the broken twin: rows resampled as if they were independent
+
+
+def test_a_sample_of_six_hundred_windows_takes_less_than_two_seconds():
+    given = tables(random_rows(650, users=100))
+    started = time.process_time()
+    evaluation.evaluate(*given, resamples=1000)
+    assert time.process_time() - started < 2.0
+
+
+def test_metrics_without_a_basis_are_nan_and_never_zero():
+    metrics = evaluated([{"user": "A", "label": "normal"}, {"user": "B", "label": "normal"}])
+    assert value(metrics, "macro_f1") == 1.0  # classes that do not occur are left out
+    for name in ("recall_malicious", "pr_auc", "recall_at_1", "evidence_hit_rate",
+                 "insiders_found_at_1", "days_until_found_at_1"):
+        assert np.isnan(value(metrics, name)), name
+
+
+# ------------------------------------------------------------------ refusals
+
+def _given():
+    return tables(random_rows(30))
+
+
+REFUSED = {
+    "a missing column": (lambda p, t, s: (p.drop(columns="score"), t, s), "score"),
+    "a missing truth column": (lambda p, t, s: (p, t.drop(columns="ignore"), s), "ignore"),
+    "a missing weight": (lambda p, t, s: (p, t, s.drop(columns="weight_natural")),
+                         "weight_natural"),
+    "a missing prediction": (lambda p, t, s: (p.iloc[1:], t, s), "W0000"),
+    "a prediction too many": (lambda p, t, s: (p, t, s.iloc[1:]), "W0000"),
+    "a window twice": (lambda p, t, s: (pd.concat([p, p.iloc[[3]]]), t, s), "W0003"),
+    "truth for other windows": (lambda p, t, s: (p, t.iloc[:-1], s), "W0029"),
+    "a foreign label": (lambda p, t, s: (p, t.assign(risk="normal"), s), "label"),
+    "another user": (lambda p, t, s: (p.assign(user="X"), t, s), "user"),
+    "an unknown risk": (lambda p, t, s: (p.assign(risk="critical"), t, s), "risk"),
+    "valid against risk": (lambda p, t, s: (p.assign(valid=~p["valid"]), t, s), "valid"),
+    "a score that is no number": (lambda p, t, s: (p.assign(score=np.nan), t, s), "score"),
+    "a negative weight": (lambda p, t, s: (p, t, s.assign(weight_natural=-1.0)),
+                          "weight_natural"),
+    "no rows": (lambda p, t, s: (p.iloc[:0], t, s), "no rows"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_mismatched_tables_are_refused_by_name(case):
+    change, named = REFUSED[case]
+    with pytest.raises(UserError, match=named):
+        evaluation.evaluate(*change(*_given()), **FAST)
+
+
+def test_budgets_out_of_range_are_refused():
+    for budgets in ((), (0,), (1001,)):
+        with pytest.raises(UserError, match="budgets"):
+            evaluation.evaluate(*_given(), budgets=budgets, **FAST)
+
+
+# ------------------------------------------------------------------ comparison
+
+def _seeds(detector, skill, seeds=(0, 1, 2), n=300):
+    """Return predictions of one detector for several seeds on the same windows and truth."""
+    parts, truth, sample = [], None, None
+    base = random_rows(n)
+    for seed in seeds:
+        draw = np.random.default_rng([seed, len(detector)])
+        rows = [dict(row, said=row["label"] if draw.random() < skill else RISKS[draw.integers(3)])
+                for row in base]
+        rows = [dict(row, score=RISKS.index(row["said"]) + draw.random()) for row in rows]
+        predictions, truth, sample = tables(rows, detector=detector, seed=seed)
+        parts.append(predictions)
+    return pd.concat(parts, ignore_index=True), truth, sample
+
+
+def test_comparison_table_takes_its_interval_from_seeds_or_from_users():
+    many, truth, sample = _seeds("ppo", 0.8)
+    one, _, _ = _seeds("rules", 0.6, seeds=(0,))
+    metrics = evaluation.evaluate(pd.concat([many, one]), truth, sample, **FAST)
+    table = evaluation.comparison_table(metrics, names=("macro_f1", "accuracy"))
+    assert table["detector"].tolist() == ["ppo", "rules"]
+    assert table["interval"].tolist() == ["seeds", "users"]
+    values = metrics.loc[(metrics["detector"] == "ppo") & (metrics["metric"] == "macro_f1"),
+                         "value"]
+    assert table.loc[0, ["macro_f1", "macro_f1_low", "macro_f1_high"]].tolist() == pytest.approx(
+        evaluation.seed_interval(values))
+    rules = metrics[(metrics["detector"] == "rules") & (metrics["metric"] == "macro_f1")].iloc[0]
+    assert table.loc[1, "macro_f1_low"] == rules["low"]
+    text = evaluation.readable(table)
+    assert "macro_f1_low" not in text
+    assert text.loc[1, "macro_f1"].startswith(f"{rules['value']:.3f} [")
+    with pytest.raises(UserError, match="nonsense"):
+        evaluation.comparison_table(metrics, names=("nonsense",))
+    with pytest.raises(UserError, match="more than once"):
+        evaluation.comparison_table(pd.concat([metrics, metrics]))
+
+
+def test_a_paired_difference_is_antisymmetric_and_narrower_than_an_unpaired_one():
+    a, truth, sample = _seeds("good", 0.8, seeds=(0,), n=600)
+    # b errs where a errs, and on a few windows more.
+    b = a.assign(detector="less")
+    spoiled = b.index[::12]
+    b.loc[spoiled, "risk"] = b.loc[spoiled, "label"].map(
+        {"normal": "suspicious", "suspicious": "normal", "malicious": "normal"})
+    options = {"resamples": 300, "seed": 0}
+    there = evaluation.paired_difference(a, b, truth, sample, **options)
+    back = evaluation.paired_difference(b, a, truth, sample, **options)
+    assert there.value == pytest.approx(-back.value)
+    assert (there.low, there.high) == pytest.approx((-back.high, -back.low))
+    assert (there.verdict, back.verdict) == ("better", "worse")
+    metrics = [evaluation.evaluate(t, truth, sample, **options) for t in (a, b)]
+    widths = [value(m, "macro_f1", "high") - value(m, "macro_f1", "low") for m in metrics]
+    assert there.high - there.low < 0.7 * np.hypot(*widths)
+    assert there.covers == "users" and np.isnan(there.p_seeds)
+    assert there.value == pytest.approx(value(metrics[0], "macro_f1")
+                                        - value(metrics[1], "macro_f1"))
+
+
+def test_a_detector_against_itself_is_equivalent_and_seeds_are_paired():
+    a, truth, sample = _seeds("ppo", 0.8)
+    same = evaluation.paired_difference(a, a.assign(detector="copy"), truth, sample,
+                                        resamples=100)
+    assert (same.value, same.low, same.high) == pytest.approx((0, 0, 0))
+    assert same.verdict == "equivalent"
+    assert same.covers == "users and seeds" and same.p_seeds == 1.0
+    # Broken twin: seeds resampled apart would leave their spread in the difference.
+    other = a.assign(detector="copy", seed=a["seed"] + 10)
+    apart = evaluation.paired_difference(a, other, truth, sample, resamples=100)
+    assert apart.high - apart.low > 0.005
+
+
+def test_a_paired_difference_takes_ranking_and_insider_metrics_and_refuses_unknown_ones():
+    a, truth, sample = _seeds("good", 0.9, seeds=(0,))
+    b, _, _ = _seeds("worse", 0.3, seeds=(0,))
+    for metric in ("pr_auc", "recall_at_20", "insiders_found_at_100", "accuracy_natural"):
+        found = evaluation.paired_difference(a, b, truth, sample, metric=metric, resamples=50)
+        assert found.value > 0, metric
+    for metric in ("nonsense", "recall_at_x"):
+        with pytest.raises(UserError, match=metric):
+            evaluation.paired_difference(a, b, truth, sample, metric=metric, resamples=10)
+    with pytest.raises(UserError, match="one detector"):
+        evaluation.paired_difference(pd.concat([a, b]), b, truth, sample)
+
+
+def test_difference_verdicts_by_table():
+    verdict = evaluation.difference_verdict
+    assert verdict((0.03, 0.09), (0.04, 0.08), 0.02) == "better"
+    assert verdict((-0.09, -0.03), (-0.08, -0.04), 0.02) == "worse"
+    assert verdict((-0.03, 0.03), (-0.019, 0.019), 0.02) == "equivalent"
+    assert verdict((-0.03, 0.03), (-0.025, 0.019), 0.02) == "inconclusive"
+    assert verdict((0.001, 0.012), (0.002, 0.01), 0.02) == "equivalent"
+    assert verdict((np.nan, np.nan), (np.nan, np.nan), 0.02) == "inconclusive"
+    with pytest.raises(UserError, match="margin"):
+        verdict((0, 1), (0, 1), 0.0)
+
+
+def test_the_equivalence_claim_is_rarely_made_at_the_margin_itself():
+    draw = np.random.default_rng(0)
+    claims = 0
+    for _ in range(400):
+        a = draw.normal(0.02, 0.01, 8)  # the true difference is the margin
+        claims += evaluation.compare_seeds(a, np.zeros(8), margin=0.02).verdict == "equivalent"
+    assert claims / 400 < 0.08  # alpha is .05
+    wrong = sum(abs(draw.normal(0.02, 0.01, 8).mean()) < 0.02 for _ in range(400))
+    assert wrong / 400 > 0.3  # the broken twin: the mean alone within the margin
+
+
+# ------------------------------------------------------------------ statistics of seeds
+
+def test_seed_interval_is_students_and_one_seed_has_none():
+    mean, low, high = evaluation.seed_interval([0.5, 0.6, 0.7, 0.8])
+    half = 3.182446 * np.std([0.5, 0.6, 0.7, 0.8], ddof=1) / 2
+    assert (mean, low, high) == pytest.approx((0.65, 0.65 - half, 0.65 + half), abs=1e-6)
+    normal = 1.96 * np.std([0.5, 0.6, 0.7, 0.8], ddof=1) / 2
+    assert high - mean > 1.5 * normal  # the broken twin: a normal quantile
+    assert np.isnan(evaluation.seed_interval([0.5])[1:]).all()
+    with pytest.raises(UserError):
+        evaluation.seed_interval([])
+
+
+def test_sign_flip_p_by_enumeration():
+    assert evaluation.sign_flip_p([1, 1, 1, 1, 1, 1]) == pytest.approx(2 / 64)
+    assert evaluation.sign_flip_p([1.0, -1.0]) == 1.0
+    # |sum| >= 4 among the signs of 1, 2, 3: +-6, and +-4 (signs of 1 flipped): 4 of 8.
+    assert evaluation.sign_flip_p([-1.0, 2.0, 3.0]) == pytest.approx(4 / 8)
+    with pytest.raises(UserError):
+        evaluation.sign_flip_p([])
+
+
+def test_compare_seeds_pairs_the_seeds():
+    a, b = [0.60, 0.70, 0.80, 0.90], [0.55, 0.66, 0.75, 0.84]
+    paired = evaluation.compare_seeds(a, b)
+    assert paired.verdict == "better" and paired.value == pytest.approx(0.05)
+    shuffled = evaluation.compare_seeds(a, b[::-1])
+    assert shuffled.verdict == "inconclusive"
+    assert paired.p_seeds == pytest.approx(2 / 16)
+    with pytest.raises(UserError, match="seeds"):
+        evaluation.compare_seeds([1.0], [1.0, 2.0])
+
+
+def test_mcnemar_counts_only_discordant_windows():
+    a = np.array([True] * 8 + [False] * 2 + [True] * 50)
+    b = np.array([False] * 8 + [True] * 2 + [True] * 50)
+    expected = 2 * sum([1, 10, 45]) / 2**10
+    assert evaluation.mcnemar_p(a, b) == pytest.approx(expected)
+    assert evaluation.mcnemar_p(a, a) == 1.0
+
+
+def test_iqm_drops_both_tails_and_its_interval_holds_every_task():
+    scores = np.array([[0.0, 0.5, 0.6], [0.1, 0.5, 0.7], [0.2, 0.5, 0.6], [5.0, 0.5, 0.6]])
+    assert evaluation.iqm([1, 2, 3, 100]) == pytest.approx(2.5)
+    value_, low, high = evaluation.iqm_interval(scores, seed=0)
+    assert low <= value_ <= high < 1.0 < scores.mean(axis=0).max()
+    assert evaluation.iqm_interval(scores, seed=0) == evaluation.iqm_interval(scores, seed=0)
+    constant = np.tile([0.0, 1.0, 2.0, 3.0], (4, 1))  # tasks differ, seeds do not
+    assert evaluation.iqm_interval(constant, seed=0) == pytest.approx((1.5, 1.5, 1.5))
+    with pytest.raises(UserError, match="seeds, tasks"):
+        evaluation.iqm_interval(np.zeros(3))
