@@ -168,7 +168,8 @@ def scenario_table(windows: pd.DataFrame, assignment: pd.DataFrame) -> pd.DataFr
 
     `descriptive` is true where fewer than five incidents make any rate anecdotal.
     """
-    joined = windows.merge(assignment[["user", "split"]], on="user", validate="many_to_one")
+    bare = windows.drop(columns=["split", "part"], errors="ignore")
+    joined = bare.merge(assignment[["user", "split"]], on="user", validate="many_to_one")
     marked = joined[joined["malicious"]]
     grid = pd.MultiIndex.from_product([SPLITS, (1, 2, 3)], names=["split", "scenario"])
     table = marked.groupby(["split", "scenario"]).agg(
@@ -368,6 +369,7 @@ def audit(
     with the windows' `manifest` they check whom the deviation levels were fitted on. `detector`
     is what the label permutation trains. A check passes while `got` is at most `limit`.
     """
+    windows = windows.drop(columns=["split", "part"], errors="ignore")
     joined = windows.merge(assignment[["user", "split", "part"]], on="user", how="left")
     rows = [
         _user_overlap(assignment),
