@@ -86,6 +86,18 @@ def test_a_missing_past_is_written_as_a_dash():
     assert " first_hour - " in user_text(window) and " files 0.2 " in user_text(window)
 
 
+def test_windows_of_simulated_logs_need_no_quoting_and_fit(windows):
+    """The words that `data.windows` writes are all in the vocabulary; nothing else gets through."""
+    assert len(windows) > 50
+    for window in windows:
+        text = user_text(window)
+        assert "'" not in text and is_safe(text, [i.id for i in keep_items(window, 12).evidence])
+        assert prompt_words(window) <= 400
+        ids = [item.id for item in window.evidence]
+        assert parse_verdict(target_verdict(window), ids).risk == window.risk
+        assert window.user in reveal(text, window)
+
+
 # --- pseudonyms ---
 
 

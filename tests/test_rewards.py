@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 import time
+from collections import Counter
 
 import datasets
 import numpy as np
@@ -100,21 +101,51 @@ def test_a_matrix_for_another_prior_can_be_used_as_a_term(balanced):
     assert term.__name__ == "ueba_accuracy"
 
 
-def test_no_constant_verdict_earns_from_the_whole_reward(balanced):
-    columns = columns_of(balanced)
-    weights = {term.__name__: weight for term, weight in REWARD_SETS["ueba"]}
-    oracles = columns["feature_truth"]
-    best = max(
-        np.mean([feature_agreement(chosen, oracle) for oracle in oracles])
-        for k in (2, 3) for chosen in itertools.combinations(FEATURES, k))
-    calm = np.mean([feature_agreement(CALM, oracle) for oracle in oracles])
-    for said in RISKS:
-        texts = [verdict(said)] * len(balanced)
-        whole = np.mean(ueba_reward(texts, **columns))
-        # the same constant with whichever features agree best on average
-        most = whole + weights["ueba_evidence"] * (1 - rewards.EVIDENCE_SHARE) * (best - calm)
-        assert whole < 0
-        assert most < 0.02
+def best_constant(windows, terms):
+    """Return the most that any constant verdict earns, each class counting a third."""
+    columns = columns_of(windows)
+    shares = np.array([1 / (3 * columns["label"].count(label)) for label in columns["label"]])
+    oracles = Counter()
+    for share, oracle in zip(shares, columns["feature_truth"], strict=True):
+        oracles[tuple(oracle)] += share
+    found = sorted(
+        (sum(share * feature_agreement(features, oracle) for oracle, share in oracles.items()),
+         features)
+        for k in (2, 3, 4) for features in itertools.combinations(FEATURES, k))
+    return max(shares @ composed_by_hand([verdict(said, features=features)] * len(windows),
+                                         columns, terms)
+               for _, features in found[-5:] for said in RISKS)
+
+
+def composed_by_hand(texts, columns, terms):
+    return sum(weight * np.array(term(texts, **columns)) for term, weight in terms)
+
+
+def test_no_constant_verdict_earns_from_the_whole_reward(balanced, windows):
+    heavier = ((ueba_accuracy, .4), (ueba_evidence, .4), (ueba_basis, .2))  # the twin
+    for cases in (balanced[:30], windows):
+        assert {window.risk for window in cases} == set(RISKS)
+        assert best_constant(cases, REWARD_SETS["ueba"]) < 0
+        assert best_constant(cases, heavier) > 0
+
+
+def test_the_reward_orders_the_zoo_on_simulated_days_too(windows):
+    by_class = {risk: [w for w in windows if w.risk == risk] for risk in RISKS}
+    n = max(map(len, by_class.values()))
+    even = [group[i % len(group)] for group in by_class.values() for i in range(min(n, 40))]
+    table = {row["name"]: row for row in zoo_table(prompt_dataset(even))}
+    assert beaten_by(table, "ueba") == set()
+    assert len(beaten_by(table, "traditional")) >= 5
+    texts = [target_verdict(window) for window in even]
+    assert min(ueba_reward(texts, **columns_of(even))) > .8
+
+
+def test_invalid_is_worse_than_any_valid_verdict():
+    assert sum(weight for _, weight in REWARD_SETS["ueba"][1:]) == pytest.approx(1)
+    worst_valid = min(map(min, CostMatrix().values)) * dict(
+        (term.__name__, weight) for term, weight in REWARD_SETS["ueba"])["ueba_accuracy"]
+    assert ueba_reward([""], label=["normal"], evidence_ids=[[]], evidence_truth=[[]],
+                       feature_truth=[[]], item_text=[{}]) == [-1.0] and worst_valid > -1
 
 
 # --- the gate and the sum ---

@@ -7,7 +7,8 @@ Refused: a cost matrix under which some constant verdict pays (`CostMatrix`).
 The UEBA set. `ueba_format` is a gate: an invalid verdict earns -1 there and 0 from every other
 term. `ueba_accuracy` pays by an asymmetric cost matrix, `ueba_evidence` for citing the items that
 show it and naming the features that the oracle names, `ueba_basis` for a basis that the cited items
-support. `ueba_reward` is exactly the weighted sum; its weights keep it in [-1, 1].
+support. `ueba_reward` is exactly the weighted sum; its weights keep it in [-1, 1], an invalid
+verdict below every valid one, and every constant verdict at or below 0 on balanced prompts.
 
 The traditional set (accuracy, format, reasoning length) is what such rewards usually grow from:
 lenient extraction, additive format, length as a stand-in for reasoning. `BROKEN_REWARDS` are
@@ -443,7 +444,7 @@ def broken_evidence_recall(completions: Sequence[Completion], *,
 # --- sets ----------------------------------------------------------------------------------------
 
 UEBA_TERMS: tuple[tuple[RewardFunction, float], ...] = (
-    (ueba_format, 1.0), (ueba_accuracy, 0.65), (ueba_evidence, 0.25), (ueba_basis, 0.1))
+    (ueba_format, 1.0), (ueba_accuracy, 0.7), (ueba_evidence, 0.2), (ueba_basis, 0.1))
 TRADITIONAL_TERMS: tuple[tuple[RewardFunction, float], ...] = (
     (accuracy_reward, 1.0), (format_reward, 0.5), (reasoning_reward, 0.5))
 BROKEN_REWARDS: dict[str, RewardFunction] = {
