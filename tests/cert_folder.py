@@ -6,6 +6,7 @@ taken from the real release.
 
 from pathlib import Path
 
+LOGS = ("logon", "device", "file", "email", "http")
 USERS = ("AAA0001", "BBB0002", "CCC0013")
 NAMES = ("Ada Alma Abel", "Bert Ben Bird", "Cora Cleo Cole")
 HEADERS = {
@@ -73,9 +74,11 @@ def write_lines(path: Path, header: str | None, lines: list[str]) -> Path:
     return path
 
 
-def write_folder(folder: Path, *, rows: int = 120, answers: bool = True) -> Path:
-    """Write the whole file set into `folder` and return it; answers lie inside it."""
-    for log in ("logon", "device", "file", "email", "http"):
+def write_folder(
+    folder: Path, *, rows: int = 120, answers: bool = True, logs: tuple[str, ...] = LOGS
+) -> Path:
+    """Write the file set into `folder` and return it; answers lie inside it."""
+    for log in logs:
         write_lines(folder / f"{log}.csv", HEADERS[log], log_lines(log, rows))
     people = list(zip(NAMES, USERS, strict=True))
     ldap = [

@@ -842,23 +842,24 @@ def _recognise(found: _Release) -> str:
             f"{found.folder}: the folder is named r{named[1]}; this reads CERT r4.2. The answer key"
             " of r4.2 must not be joined to another release. Rename the folder if it is r4.2."
         )
-    possible, differences, wrong = set(_R), [], []
+    differing: list[set[str]] = []
+    alike: list[set[str]] = []
+    differences = []
     for source in found.tables():
         expected = _HEADERS[source.kind][0][0]
         line = _header_of(source)[0].decode("utf-8", "replace")
         seen = tuple(cell.strip().strip('"') for cell in line.split(","))
         if seen == expected and '"' not in line:
-            possible &= set(_HEADERS[source.kind][0][1])
+            alike.append(set(_HEADERS[source.kind][0][1]))
             continue
         known = [releases for header, releases in _HEADERS[source.kind] if header == seen]
         if not known and source.kind == "http" and len(seen) == 5 and "://" in line:
             known = [("r1",)]
             seen = ("no header row",)
         if known:
-            possible &= set(known[0])
+            differing.append(set(known[0]))
             differences.append(_difference(source, seen, expected, quoted='"' in line))
         else:
-            wrong.append(source)
             if not line.strip():
                 raise UserError(
                     f"{source.path}: is empty, without even a header row. Copy it again, or"
@@ -871,10 +872,14 @@ def _recognise(found: _Release) -> str:
     if not differences:
         return "r4.2"
     if (found.folder / "decoy_file.csv").exists():
-        possible &= {"r5", "r6"}
-    seen_release = " or ".join(sorted(possible)) or "a mixture of releases"
+        alike.append({"r5", "r6"})
+    # The files that differ name the release; the others narrow it down where they agree with it.
+    possible = set.union(*differing)
+    for releases in (*differing, *alike):
+        possible = possible & releases or possible
     raise UserError(
-        f"{found.folder}: this looks like CERT {seen_release}, and only r4.2 is read. "
+        f"{found.folder}: this looks like CERT {' or '.join(sorted(possible))}, and only r4.2 is"
+        " read. "
         + "; ".join(differences[:4])
         + ". Point the study at r4.2."
     )
