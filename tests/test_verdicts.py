@@ -154,9 +154,9 @@ def test_a_parser_without_the_guards_raises_on_the_same_strings():
                                   " " * 1_000_000 + text_with(), "<think>" * 150_000])
 @pytest.mark.parametrize("think", [False, True])
 def test_bombs_are_refused_at_once(text, think):
-    started = time.perf_counter()
+    started = time.process_time()
     assert not parse_verdict(text, IDS, think=think).valid
-    assert time.perf_counter() - started < 0.5
+    assert time.process_time() - started < 0.5
 
 
 _ANY_EVIDENCE = st.lists(st.sampled_from([*IDS, "e4", "x", 3, None]), max_size=10)
@@ -303,6 +303,6 @@ def test_a_hundred_thousand_verdicts_parse_in_three_seconds():
 
 
 def _seconds(texts):
-    started = time.perf_counter()
+    started = time.process_time()
     assert all(parse_verdict(text, IDS).valid for text in texts)
-    return time.perf_counter() - started
+    return time.process_time() - started
