@@ -1,4 +1,4 @@
-"""Write a CERT r4.2 folder that never existed: its files, formats and quirks, any size, known truth.
+"""Write a CERT r4.2 folder that never existed: its files and quirks, any size, known truth.
 
 In: sizes and dials (`simulate`). Out: the five logs, LDAP months, `psychometric.csv`, `answers/`,
 `simulation.json`, and `truth/` (why each unusual day happened, and the best possible risk), which
@@ -25,16 +25,20 @@ scenario 1's sessions leave the site out, benign look-alikes multiply and come c
 visits replace ordinary ones instead of adding to a clockwork count. Nothing else (ids, seconds,
 order, file names, content) depends on the label.
 
-`truth/optimal.csv`: p_malicious = P(the key labels this account-day | what the day and the last
-seven days visibly show), where "visibly show" is the cell of `_visible_cells` (job visits, mail to
-competitors, drive use against the own past, late sessions, new workstations, leak and hacking
-sites, mass mail, file copies; each in a few steps). The probability is the frequency of the cell
-in independent populations drawn from the same `_cast` and `_plan` with other seeds, shrunk with
-weight `_BACKOFF` towards a coarser cell. Assumptions: the cells are what can be seen (finer detail
-is ignored, so this is a slightly low ceiling), priors are those of the simulated population (with
-its insiders, not r4.2's .29 %). optimal_risk is malicious where p_malicious reaches the threshold
-that maximises macro-F1 in those other populations, else suspicious where a behaviour is rare in the
-account's own past, else normal. The innocent reply of scenario 3 counts as not malicious.
+`truth/optimal.csv`: p_malicious = P(the key labels this account-day | what the day, the last seven
+days and the own past visibly show), where "visibly show" is the cell of `_visible_cells` (job
+pages, mail to competitors, drive use, evenings, new workstations, leak and hacking sites, mass
+mail, file copies; each in a few steps). The probability is the frequency of the cell in independent
+populations drawn from the same `_cast` and `_plan` with other seeds, each level of detail shrunk
+with weight `_BACKOFF` towards the coarser one. Assumptions: the cells are all that can be seen
+(finer detail, such as minutes, is ignored, so the ceiling is slightly low); the prior is that of
+the simulated population, not r4.2's .29 %; days of an incident that the key leaves out are set
+aside; the innocent reply of scenario 3 counts as not malicious. optimal_risk is malicious where
+p_malicious reaches the threshold that maximises macro-F1 in half of those other populations, else
+suspicious where a behaviour is rare in the account's own past, else normal. The claim in
+`simulation.json` (`optimal.macro_f1`) is measured on that half, with probabilities from the other.
+The two lower levels are a function of what is visible, so a study with its own rule for them should
+take p_malicious >= `optimal.threshold` from here and the lower levels from its rule.
 """
 
 import calendar
@@ -84,6 +88,7 @@ HOUR = 3_600
 _BACKOFF = 6.0
 _RARE_SHARE = 0.05
 _MIN_PAST = 10
+_RECENT = 30
 _REFERENCE_CELLS = 1_200_000
 
 _FIRST = str.split(
@@ -437,8 +442,8 @@ def _cast(settings: _Settings, seed: int) -> _Cast:
     drive = some(drive_share * 0.75)
     drive[inside_two] = rng.random(two) < 0.85
     occasional = some(drive_share * 0.25 / (1 - drive_share * 0.75)) & ~drive
-    night = some(0.055)
-    early = some(0.035) & ~night
+    night = some(0.075)
+    early = some(0.05) & ~night
     for quiet in (drive, occasional, night, early):
         quiet[inside_one] = False
     occasional[list(inside_three)] = True
@@ -446,15 +451,15 @@ def _cast(settings: _Settings, seed: int) -> _Cast:
     habits = {
         "drive": drive,
         "occasional_drive": occasional,
-        "drive_rate": np.where(regular < 0.7, rng.uniform(0.6, 0.97, users),
+        "drive_rate": np.where(regular < 0.8, rng.uniform(0.6, 0.97, users),
                                rng.uniform(0.08, 0.4, users)),
-        "connects": rng.integers(1, 5, users),
-        "files": rng.uniform(0.8, 3.6, users),
+        "connects": rng.integers(1, 7, users),
+        "files": rng.uniform(0.4, 2.4, users),
         "backup": drive & some(0.15),
         "backup_day": rng.integers(0, 5, users),
         "night": night,
         "night_rate": rng.uniform(0.15, 0.6, users),
-        "weekend": some(0.048),
+        "weekend": some(0.042),
         "start": np.where(
             early, rng.uniform(5.4, 6.8, users), np.clip(rng.normal(8.2, 0.6, users), 7.2, 9.8)
         ),
@@ -463,10 +468,11 @@ def _cast(settings: _Settings, seed: int) -> _Cast:
                          np.clip(rng.normal(102, 12, users), 60, 190)),
         "mail": np.clip(rng.normal(8.0, 3.0, users), 1, 20).round(),
         "unlocks": rng.choice([0, 1, 2], users, p=[0.78, 0.17, 0.05]),
-        "shared_pc": some(0.27) & ~admin,
+        "shared_pc": some(0.19) & ~admin,
+        "visitor": some(0.13) & ~admin,
         "shared_rate": rng.uniform(0.02, 0.15, users),
         "roam_rate": np.where(admin, rng.uniform(1.2, 3.2, users), 0.0),
-        "seeker": some(0.05 + 0.06 * hard),
+        "seeker": some(0.05 + 0.24 * hard),
         "partner": some(0.12),
         "mass_mailer": (is_lead & some(0.25)) | some(0.012),
         "attacher": some(0.06),
@@ -492,7 +498,7 @@ def _incidents(settings, rng, inside_one, inside_two, inside_three, supervisor, 
     first, last = settings.history, settings.days - 3
     found = []
     for user in inside_one:
-        span = int(rng.integers(2, 9))
+        span = int(rng.integers(3, 10))
         begin = int(rng.integers(first + 1, max(first + 2, last - span)))
         found.append(_Incident(int(user), 1, begin, min(begin + span, last)))
     for user in inside_two:
@@ -566,9 +572,9 @@ def _plan(settings: _Settings, cast: _Cast, seed: int) -> _Plan:
 
     counts: dict[str, np.ndarray] = {}
     mode = np.maximum(1, np.round(habit["http"] * settings.web_rate))
-    counts["http"] = noisy(mode, 0.947, -6, 8).astype(np.int32)
-    counts["mail"] = noisy(habit["mail"], 0.88, -2, 3).astype(np.int16)
-    counts["unlocks"] = noisy(habit["unlocks"], 0.93, -1, 1).astype(np.int8)
+    counts["http"] = noisy(mode, 0.968, -6, 8).astype(np.int32)
+    counts["mail"] = noisy(habit["mail"], 0.92, -2, 3).astype(np.int16)
+    counts["unlocks"] = noisy(habit["unlocks"], 0.86, -1, 1).astype(np.int8)
     counts["start"] = (
         np.clip(habit["start"] + rng.normal(0, 0.17, shape), 4.0, 12.0) * HOUR
     ).astype(np.int32)
@@ -593,7 +599,7 @@ def _plan(settings: _Settings, cast: _Cast, seed: int) -> _Plan:
 
     # Drives: habit, weekly backup, a project with more of it, a first time.
     used = happens(np.where(habit["drive"], habit["drive_rate"], 0))
-    connects = np.where(rng.random(shape) < 0.55, habit["connects"],
+    connects = np.where(rng.random(shape) < 0.42, habit["connects"],
                         np.maximum(1, habit["connects"] + rng.integers(-2, 3, shape))) * used
     backup = habit["backup"] & (weekday[None, :] == habit["backup_day"]) & active
     project = np.zeros(shape, bool)
@@ -609,30 +615,30 @@ def _plan(settings: _Settings, cast: _Cast, seed: int) -> _Plan:
     seeking = np.zeros(shape, bool)
     handover = np.zeros(shape, bool)
     for user in np.flatnonzero(cast.habits["seeker"]):
-        span = max(6, round(float(rng.uniform(20, 60)) * settings.compression))
+        span = max(6, round(float(rng.uniform(25, 70)) * settings.compression))
         begin = int(rng.integers(-span // 3, days))
         seeking[user, max(0, begin) : max(0, begin + span)] = True
         if rng.random() < 0.3 + 0.5 * hard:
             stop = max(1, begin + span)
             handover[user, max(0, stop - int(rng.integers(3, 9))) : stop] = True
     project |= handover & habit["drive"]
-    sought = happens(np.where(seeking, 0.5, 0))
+    sought = happens(np.where(seeking, 0.45 + 0.35 * hard, 0))
     project &= active
     project[insider_users] = False
     counts["job"] = (
-        casual * rng.integers(1, 4, shape) + sought * (1 + rng.poisson(2.2 + 1.0 * hard, shape))
+        casual * rng.integers(1, 4, shape) + sought * (1 + rng.poisson(2.2 + 1.6 * hard, shape))
     ).astype(np.int16)
-    causes += [(casual, "casual_job", "job_search"), (sought, "job_seeker", "job_search")]
+    causes += [(casual & ~sought, "casual_job", "job_search"), (sought, "job_seeker", "job_search")]
     partner = happens(np.where(habit["partner"], 0.12, 0))
     stray = happens(0.004)
-    applied = happens(np.where(seeking, 0.10 + 0.15 * hard, 0))
+    applied = happens(np.where(seeking, 0.10 + 0.30 * hard, 0))
     counts["competitor"] = (partner | stray | applied).astype(np.int8)
     causes += [
         (partner, "partner_mail", "competitor_mail"),
         (stray & ~partner, "partner_mail", "competitor_mail"),
         (applied & ~partner & ~stray, "job_seeker", "competitor_mail"),
     ]
-    boost = 1 + rng.poisson(2.2, shape)
+    boost = 1 + rng.poisson(np.broadcast_to(1.0 + 0.5 * habit["connects"], shape))
     connects = connects + (project & habit["drive"]) * boost + once * rng.integers(1, 3, shape)
     connects = np.where(backup, np.maximum(connects, 1), connects)
     connects = np.where(active, connects, 0)
@@ -659,7 +665,7 @@ def _plan(settings: _Settings, cast: _Cast, seed: int) -> _Plan:
         np.int16
     )
     counts["shared"] = happens(np.where(habit["shared_pc"], habit["shared_rate"], 0))
-    counts["visit"] = happens(0.006) & ~cast.admin[:, None]
+    counts["visit"] = happens(np.where(habit["visitor"], 0.025, 0))
     counts["roam_drive"] = (
         happens(np.where(cast.admin[:, None], 0.03 + 0.05 * hard, 0)) & (counts["roam"] > 0)
         & borrowed
@@ -690,6 +696,7 @@ def _plan(settings: _Settings, cast: _Cast, seed: int) -> _Plan:
         (counts["hack"] > 0, "tool_research", "hacking_tool"),
     ]
 
+    counts["late_web"] = rng.poisson(2.5 * settings.web_rate, shape).astype(np.int16)
     counts.update(
         late=late, late_drive=late_drive, late_leak=np.zeros(shape, np.int8),
         connects=connects.astype(np.int16), files=files.astype(np.int16), executable=executable,
@@ -698,7 +705,7 @@ def _plan(settings: _Settings, cast: _Cast, seed: int) -> _Plan:
     for name in ("victim_pc", "used_as_victim"):  # scenario 3's two days, for the truth
         counts[name] = np.zeros(shape, bool)
     labelled = {
-        name: np.zeros(shape, bool) for name in ("late", "web_mail", "drive", "hack", "primary")
+        name: np.zeros(shape, bool) for name in ("late", "web_mail", "drive", "hack")
     }
     malicious = np.zeros(shape, bool)
     story = {name: np.zeros(shape, bool) for name in SCENARIOS}
@@ -715,6 +722,11 @@ def _plan(settings: _Settings, cast: _Cast, seed: int) -> _Plan:
     counts["http"] = np.where(
         absorbed, np.maximum(counts["http"] - extra, np.minimum(counts["http"], 1)), counts["http"]
     )
+    # the evening's pages are part of the day's count
+    counts["late_web"] = np.where(
+        counts["late"], np.minimum(counts["late_web"], np.maximum(counts["http"] - 1, 0)), 0
+    )
+    counts["http"] -= counts["late_web"]
     crossing = counts["late"] & (counts["late_start"] + counts["late_seconds"] >= DAY)
     present = counts["active"].copy()
     present[:, 1:] |= crossing[:, :-1]
@@ -763,7 +775,7 @@ def _scenario_1(settings, rng, incident, counts, labelled, malicious, story):
     span = active[(active >= incident.start) & (active <= incident.end)]
     if len(span) == 0:  # a long weekend: the nearest working day instead
         span = active[[np.argmin(np.abs(active - incident.start))]]
-    sessions = int(rng.choice([1, 2, 3, 4], p=[0.15, 0.45, 0.35, 0.05]))
+    sessions = int(rng.choice([1, 2, 3, 4], p=[0.12, 0.4, 0.36, 0.12]))
     labelled_days = np.sort(rng.choice(span, min(sessions, len(span)), replace=False))
     lead = float(np.clip(rng.lognormal(math.log(2.6), 0.7), 1, 13))
     before = active[(active < labelled_days[0]) & (active >= labelled_days[0] - lead)]
@@ -794,14 +806,16 @@ def _scenario_2(settings, rng, incident, counts, labelled, malicious, story):
     """Weeks of job pages and mail to competitors, then much more drive use; partly labelled."""
     user, hard = incident.user, settings.hardness
     copying = max(3, round(12 * settings.compression))
+    before = counts["connects"][user, : incident.start]
+    usual = float(before[before > 0].mean()) if (before > 0).any() else 0.0
     started = False
     active = np.flatnonzero(counts["active"][user])
     for day in active[(active >= incident.start) & (active <= incident.end)]:
         taking = day > incident.end - copying
         story["scenario_2"][user, day] = True
-        known = rng.random() < 0.8 and rng.random() >= settings.label_noise
-        looks = rng.random() < (0.45 if taking else 0.8)
-        writes = rng.random() < (0.15 if taking else 0.36)
+        known = rng.random() < 0.78 and rng.random() >= settings.label_noise
+        looks = rng.random() < (0.45 if taking else 0.74)
+        writes = rng.random() < (0.15 if taking else 0.36 - 0.1 * hard)
         if not started:
             known = looks = True
         if looks:
@@ -809,7 +823,7 @@ def _scenario_2(settings, rng, incident, counts, labelled, malicious, story):
         if writes:
             counts["competitor"][user, day] += 1
         if taking and rng.random() < 0.92:
-            counts["connects"][user, day] += 2 + rng.poisson(2.4 - 0.8 * hard)
+            counts["connects"][user, day] += 2 + rng.poisson(1.7 - 0.6 * hard + 0.5 * usual)
             counts["files"][user, day] += rng.poisson(7)
             labelled["drive"][user, day] = known
         labelled["web_mail"][user, day] = known and (looks or writes)
@@ -829,7 +843,10 @@ def _scenario_3(settings, rng, incident, counts, labelled, malicious, story):
     counts["victim_pc"][user, day] = True
     counts["used_as_victim"][victim, day + 1] = True
     labelled["hack"][user, day] = True
-    labelled["primary"][user, day + 1] = True
+    counts["late"][user, day + 1] = labelled["late"][user, day + 1] = True
+    counts["late_drive"][user, day + 1] = False
+    counts["late_start"][user, day + 1] = rng.integers(int(19.2 * HOUR), int(21.5 * HOUR))
+    counts["late_seconds"][user, day + 1] = rng.integers(HOUR, 2 * HOUR)
     story["scenario_3"][user, day : day + 2] = True
     story["scenario_3"][[victim, incident.replier], day + 1] = True
     malicious[user, day : day + 2] = True
@@ -857,7 +874,7 @@ class _Names:
     """Every string the rows use, drawn once: people, machines, addresses, pages, words."""
 
     INTERNAL, EXTERNAL, COMPETITOR, MASS = 16, 10, 4, 3
-    CC, BCC = 6, 3
+    CC, BCC, LONG_CC = 6, 3, 2
     FAVOURITES = 64
 
     def __init__(self, settings: _Settings, cast: _Cast):
@@ -939,7 +956,7 @@ class _Names:
 
         sizes = np.arange(1, 10)
         weights = 0.55 ** sizes / (0.55**sizes).sum()
-        to, cc, bcc = [[], [], [], []], [], []
+        to, cc, bcc, long_cc = [[], [], [], []], [], [], []
         for user in range(users):
             known = [self.address[i] for i in rng.choice(users, 18, replace=False) if i != user]
             outside = [stranger(CONSUMER_DOMAINS) for _ in range(10)]
@@ -952,9 +969,11 @@ class _Names:
             to[3] += [some(everybody, rng.integers(10, 14)) for _ in range(self.MASS)]
             cc += [some(known, 1 + k // 2) for k in range(self.CC)]
             bcc += [some(known, 1) for _ in range(self.BCC)]
+            rest = [self.address[i] for i in rng.choice(users, min(users, 15), replace=False)]
+            long_cc += [some(rest, rng.integers(9, 15)) for _ in range(self.LONG_CC)]
         self.to_base = np.cumsum([0] + [len(part) for part in to])[:4]
         self.to = pa.array([text for part in to for text in part])
-        self.cc = pa.array([*cc, ""])
+        self.cc = pa.array([*cc, *long_cc, ""])
         self.bcc = pa.array([*bcc, ""])
         self.sender = pa.array([text for pair in zip(self.address, self.private, strict=True)
                                 for text in pair])
@@ -1095,10 +1114,9 @@ class _DayWriter:
     def _presence(self, rng, day):
         user = np.flatnonzero(self._today(day, "active"))
         start, end = self._today(day, "start")[user], self._today(day, "end")[user]
-        label = self._label(day, "primary")[user]
-        self.add("logon", user, user, self._minutes(rng, start), label, 0)
-        left = (rng.random(len(user)) >= 0.235) | (label > 0)
-        self.add("logon", user[left], user[left], self._minutes(rng, end[left]), label[left], 1)
+        self.add("logon", user, user, self._minutes(rng, start), 0, 0)
+        left = rng.random(len(user)) >= 0.245
+        self.add("logon", user[left], user[left], self._minutes(rng, end[left]), 0, 1)
         breaks = self._today(day, "unlocks")[user]
         who, n = _repeat(user, breaks), _repeat(breaks, breaks)
         order = np.arange(len(who)) - _repeat(np.cumsum(breaks) - breaks, breaks)
@@ -1158,9 +1176,10 @@ class _DayWriter:
         everyone = np.arange(self.settings.users)
         user = _repeat(everyone, self._today(day, "http"))
         when, page = self._within(rng, day, user), self._pages(rng, user)
+        # r4.2 repeats some rows under another id; the day's count stays what it was
+        again = np.flatnonzero((rng.random(len(user)) < 0.0022) & (user == np.roll(user, 1)))
+        when[again], page[again] = when[again - 1], page[again - 1]
         self.add("http", user, user, when, 0, page)
-        twice = rng.random(len(user)) < 0.0022  # r4.2 repeats some rows with another id
-        self.add("http", user[twice], user[twice], when[twice], 0, page[twice])
         for group, chance in (("job", 0.87), ("leak", 1.0), ("hack", 1.0)):
             n = self._today(day, group)
             who = _repeat(everyone, n)
@@ -1176,9 +1195,12 @@ class _DayWriter:
         width = (names.INTERNAL, names.EXTERNAL, names.COMPETITOR, names.MASS)[group]
         n = len(user)
         to = names.to_base[group] + user * width + rng.integers(0, width, n)
-        many = group == 3
-        with_cc = rng.random(n) < (1.0 if many else 0.37)
-        cc = np.where(with_cc, user * names.CC + rng.integers(0, names.CC, n), len(names.cc) - 1)
+        with_cc = rng.random(n) < 0.378
+        cc = user * names.CC + rng.integers(0, names.CC, n)
+        cc = np.where(with_cc, cc, len(names.cc) - 1)
+        if group == 3:
+            copied = user * names.LONG_CC + rng.integers(0, names.LONG_CC, n)
+            cc = self.settings.users * names.CC + copied
         with_bcc = rng.random(n) < 0.16
         bcc = np.where(
             with_bcc, user * names.BCC + rng.integers(0, names.BCC, n), len(names.bcc) - 1
@@ -1241,12 +1263,11 @@ class _DayWriter:
 
     def _late(self, rng, day):
         user = np.flatnonzero(self._today(day, "late"))
-        web = rng.poisson(2.5 * self.settings.web_rate, len(user))
         self._session(
             rng, user, user, self._today(day, "late_start")[user],
             self._today(day, "late_seconds")[user], self._label(day, "late")[user],
             drive=self._today(day, "late_drive")[user], leak=self._today(day, "late_leak")[user],
-            web=web, logoff=0.95,
+            web=self._today(day, "late_web")[user], logoff=0.95,
         )
 
     def _elsewhere(self, rng, day):
@@ -1284,16 +1305,12 @@ class _DayWriter:
         self._send(rng, day, np.repeat(user, 2), 0, number)
 
     def _masquerade(self, rng, number, incident):
-        """Day two: the supervisor's account, from the insider's PC or the victim's after hours."""
+        """Day two: in the evening the insider logs on as the supervisor and mails everybody."""
         day = incident.end
-        victim = np.array([incident.victim])
-        own = rng.random() < 0.5
-        machine = victim if own else np.array([incident.user])
-        if own:
-            begin = rng.integers(int(19.2 * HOUR), int(20.5 * HOUR), 1)
-        else:
-            begin = np.minimum(self._within(rng, day, victim), int(16 * HOUR))
-        stay = rng.integers(900, 2400, 1)
+        victim, insider = np.array([incident.victim]), np.array([incident.user])
+        machine = victim if rng.random() < 0.4 else insider
+        begin = self._today(day, "late_start")[insider] + rng.integers(120, 1200, 1)
+        stay = rng.integers(900, 2000, 1)
         self._session(rng, victim, machine, begin, stay, number, drive=np.array([False]))
         when = begin + 60 + (rng.random(2) * (stay - 120)).astype(int)
         self._send(rng, day, np.repeat(victim, 2), 3, number, np.repeat(machine, 2), when)
@@ -1467,11 +1484,11 @@ def _write_answers(folder, settings, cast, names, key):
 
 
 def _visible_cells(settings: _Settings, plan: _Plan):
-    """Return (fine cell, coarse cell, rare) of shape (users, days): what an observer can see.
+    """Return cell numbers, shape (levels, users, days), and rare, shape (users, days).
 
-    Each account-day falls in the cell of its visible behaviours today, over the last seven days
-    and against the account's own past. `rare` marks a behaviour that at most 5 % of the account's
-    own earlier days (at least ten) show.
+    A cell is what an observer can see: behaviours today, over the last seven days and against the
+    account's own past, each in a few steps; later levels split the cells of earlier ones. `rare`
+    marks a behaviour that at most 5 % of the account's own earlier days (at least ten) show.
     """
     counts, present = plan.counts, plan.present
 
@@ -1512,64 +1529,69 @@ def _visible_cells(settings: _Settings, plan: _Plan):
     rare = np.logical_or.reduce(list(odd.values()))
 
     job, rival = counts["job"], kinds["competitor_mail"]
-    looked = job > 0
-    habit = past(looked.astype(int)) / np.maximum(past_days, 1)
-    axes = [
-        (np.digitize(job, [1, 3, 5, 7]), 5),
-        (np.minimum(week(looked.astype(int)), 4), 5),
-        (np.where(drive, np.where(more, 2, 1 + 2 * odd["removable_media_new"]), 0), 4),
-        (np.where(at_night, 1 + odd["after_hours_logon"], 0), 3),
-        (kinds["leak_site"].astype(int), 2),
-        (kinds["hacking_tool"].astype(int), 2),
-        (rival.astype(int), 2),
-        (kinds["mass_mail"] & odd["mass_mail"], 2),
-        (odd["new_workstation"].astype(int), 2),
-        (crossed.astype(int), 2),
+    recent_job = _recent(job > 0, present)
+    recent_rival = _recent(rival, present)
+    expected = 6 * _recent(connects, present) / np.maximum(np.minimum(past_days, _RECENT), 1)
+    drive_load = (week(connects) + connects) / np.maximum(expected, 1)
+    axes = [  # from the most telling to the finest: (values, number of steps)
+        [
+            (kinds["leak_site"], 2), (kinds["hacking_tool"], 2), (at_night & drive, 2),
+            (odd["after_hours_logon"], 2), (odd["mass_mail"], 2),
+            (np.digitize(job, [1, 3, 6]), 4), (np.digitize(week(job), [1, 5, 12, 22]), 5),
+            (np.digitize(np.where(drive, drive_load, 0), [0.01, 1.5, 2.2, 3.0]), 5),
+            (rival, 2),
+        ],
+        [
+            (np.digitize(recent_job, [1, 4, 9, 15]), 5), (np.minimum(week(rival), 2), 3),
+            (odd["removable_media_new"], 2), (odd["new_workstation"], 2), (crossed, 2),
+        ],
+        [
+            (np.digitize(recent_rival, [2, 5]), 3), (kinds["executable_copy"], 2),
+            (np.digitize(files, [4, 10, 20]), 4), (more, 2),
+            (np.digitize(job, [2, 4, 5, 8]), 5),
+        ],
     ]
-    finer = [
-        (np.minimum(week(rival.astype(int)), 2), 3),
-        (np.minimum(week(more.astype(int)), 2), 3),
-        (np.digitize(habit, [0.03, 0.15, 0.35]), 4),
-        ((past(rival.astype(int)) > 0.05 * past_days).astype(int), 2),
-        (kinds["executable_copy"].astype(int), 2),
-        ((at_night & drive).astype(int), 2),
-    ]
+    levels, code = [], np.zeros(present.shape, np.int64)
+    for group in axes:
+        for values, steps in group:
+            code = code * steps + values
+        levels.append(code)
+    return np.stack(levels), rare
 
-    def code(cells, steps):
-        for values, size in steps:
-            cells = cells * size + values
-        return cells
 
-    coarse = code(np.zeros(present.shape, np.int64), axes)
-    return code(coarse, finer), coarse, rare
+def _recent(values: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """Sum `values` (users, days) over each account's last `_RECENT` active days before the day."""
+    total = np.zeros(present.shape)
+    for user in range(len(present)):
+        days = np.flatnonzero(present[user])
+        run = np.concatenate([[0], np.cumsum(values[user, days], dtype=float)])
+        index = np.arange(len(days))
+        total[user, days] = run[index] - run[np.maximum(index - _RECENT, 0)]
+    return total
 
 
 class _Frequencies:
-    """P(malicious | cell) from counted account-days, shrunk towards coarser cells."""
+    """P(malicious | cell) from counted account-days, each level shrunk towards the coarser one."""
 
-    def __init__(self, fine, coarse, malicious):
-        self.prior = malicious.mean() if len(malicious) else 0.0
-        self.coarse, rate = self._rates(coarse, malicious, np.full(len(coarse), self.prior))
-        self.coarse_rate = rate
-        parent = self._look(self.coarse, rate, coarse, np.full(len(coarse), self.prior))
-        self.fine, self.fine_rate = self._rates(fine, malicious, parent)
+    def __init__(self, levels: np.ndarray, malicious: np.ndarray):
+        self.prior = float(malicious.mean()) if malicious.size else 0.0
+        self.levels = []
+        parent = np.full(levels.shape[1], self.prior)
+        for codes in levels:
+            values, inverse, n = np.unique(codes, return_inverse=True, return_counts=True)
+            hits = np.bincount(inverse, malicious, len(values))
+            base = np.bincount(inverse, parent, len(values)) / np.maximum(n, 1)
+            rates = (hits + _BACKOFF * base) / (n + _BACKOFF)
+            self.levels.append((values, rates))
+            parent = rates[inverse]
 
-    def _rates(self, cells, malicious, parent):
-        values, inverse, n = np.unique(cells, return_inverse=True, return_counts=True)
-        hits = np.bincount(inverse, malicious, len(values))
-        base = np.bincount(inverse, parent, len(values)) / np.maximum(n, 1)
-        return values, (hits + _BACKOFF * base) / (n + _BACKOFF)
-
-    def _look(self, values, rates, cells, otherwise):
-        if len(values) == 0:
-            return otherwise
-        place = np.minimum(np.searchsorted(values, cells), len(values) - 1)
-        return np.where(values[place] == cells, rates[place], otherwise)
-
-    def __call__(self, fine, coarse):
-        prior = np.full(len(coarse), self.prior)
-        parent = self._look(self.coarse, self.coarse_rate, coarse, prior)
-        return self._look(self.fine, self.fine_rate, fine, parent)
+    def __call__(self, levels: np.ndarray) -> np.ndarray:
+        chance = np.full(levels.shape[1], self.prior)
+        for codes, (values, rates) in zip(levels, self.levels, strict=True):
+            if len(values):
+                place = np.minimum(np.searchsorted(values, codes), len(values) - 1)
+                chance = np.where(values[place] == codes, rates[place], chance)
+        return chance
 
 
 def _macro_f1(malicious, rare, said_malicious) -> float:
@@ -1590,11 +1612,11 @@ def _macro_f1(malicious, rare, said_malicious) -> float:
 
 
 def _observed(settings, plan):
-    """Return fine, coarse, malicious, rare of the account-days that count for the optimum."""
-    fine, coarse, rare = _visible_cells(settings, plan)
+    """Return cell levels, malicious and rare of the account-days that count for the optimum."""
+    levels, rare = _visible_cells(settings, plan)
     past = np.cumsum(plan.present, axis=1) - plan.present
     chosen = plan.present & (past >= _MIN_PAST) & (plan.malicious | ~plan.incident_days)
-    return fine[chosen], coarse[chosen], plan.malicious[chosen], rare[chosen]
+    return levels[:, chosen], plan.malicious[chosen], rare[chosen]
 
 
 def _write_truth(folder, settings, cast, plan, names) -> dict:
@@ -1608,19 +1630,19 @@ def _write_truth(folder, settings, cast, plan, names) -> dict:
     half = len(samples) // 2
 
     def joined(chosen):
-        return [np.concatenate(column) for column in zip(*chosen, strict=True)]
+        return [np.concatenate(column, axis=-1) for column in zip(*chosen, strict=True)]
 
-    fitted = _Frequencies(*joined(samples[:half])[:3])
-    fine, coarse, malicious, rare = joined(samples[half:])
-    held_out = fitted(fine, coarse)
+    fitted = _Frequencies(*joined(samples[:half])[:2])
+    levels, malicious, rare = joined(samples[half:])
+    held_out = fitted(levels)
     grid = np.round(np.arange(0.05, 0.96, 0.025), 3)
     scores = [_macro_f1(malicious, rare, held_out >= cut) for cut in grid]
     threshold = float(grid[int(np.argmax(scores))])
-    posterior = _Frequencies(*joined(samples)[:3])
+    posterior = _Frequencies(*joined(samples)[:2])
 
-    fine, coarse, rare = _visible_cells(settings, plan)
+    levels, rare = _visible_cells(settings, plan)
     user, day = np.nonzero(plan.present)
-    chance = posterior(fine[user, day], coarse[user, day])
+    chance = posterior(levels[:, user, day])
     risk = np.where(
         chance >= threshold, "malicious", np.where(rare[user, day], "suspicious", "normal")
     )
