@@ -1004,8 +1004,7 @@ def _items_sql(max_items: int) -> str:
             ORDER BY started, kind_order, class, place, part) AS item,
         kind, strftime(started, '%H:%M') AS start, strftime(ended, '%H:%M') AS "end", pc, detail,
         n, facts, event_ids, labelled, dont_care, deviation, features,
-        (total - least(total, {int(max_items)}))::INT AS dropped,
-        user, day, started
+        (total - least(total, {int(max_items)}))::INT AS dropped
     FROM (SELECT *, count(*) OVER (PARTITION BY window_id) AS total FROM described)
     WHERE kept <= {int(max_items)}
     """
@@ -1033,6 +1032,8 @@ def evidence(
         raise UserError(f"max_items={max_items!r}: give at least 1.")
     if windows["window_id"].duplicated().any():
         raise ValueError("evidence: the windows hold a window_id twice; drop duplicates first")
+    if len(windows) == 0:
+        return pd.DataFrame({name: [] for name in EVIDENCE_COLUMNS})
     needed = ["window_id", "user", "day", "enough_history", "scenario", "incident", "deviations",
               *BEHAVIOUR_FEATURES, *PAST_FEATURES, *WEEK_FEATURES, *RULE_FEATURES]
     frames = []
@@ -1061,11 +1062,9 @@ def evidence(
             frames.append(connection.execute(_items_sql(max_items)).df())
             if progress is not None:
                 progress(done, len(passes))
-    if not frames:
-        return pd.DataFrame({name: [] for name in EVIDENCE_COLUMNS})
     frame = pd.concat(frames, ignore_index=True)
     frame["number"] = frame["item"].str[1:].astype(int)
-    frame = frame.sort_values(["user", "day", "number"], ignore_index=True)
+    frame = frame.sort_values(["window_id", "number"], ignore_index=True)
     for name in ("facts", "event_ids", "deviation", "features"):
         frame[name] = [list(values) for values in frame[name]]
     frame["pc"] = frame["pc"].fillna("")
