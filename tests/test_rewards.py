@@ -460,12 +460,12 @@ def test_the_right_label_with_wrong_reasons_earns_less_than_with_right_ones():
     assert wrong < right - .25
 
 
-def test_an_animal_sees_nothing_of_the_truth_but_a_borrowed_label():
-    rows = prompt_dataset([make_window("malicious")])
-    blind = [{**rows[0], "label": "normal"}]
-    for name in ("always_normal", "cite_one_safe_item", "claims_of_the_whole_window"):
-        a, b = zoo_completions(rows, name), zoo_completions(blind, name)
-        assert a == b or {parse_verdict(t, rows[0]["evidence_ids"]).risk for t in a + b} <= {*RISKS}
+def test_animals_see_nothing_of_the_truth_but_a_borrowed_label(balanced):
+    rows = prompt_dataset(balanced[:12])
+    blind = [{**row, "evidence_truth": [], "feature_truth": [], "dont_care": []} for row in rows]
+    changed = {name for name in (HONEST, *ZOO)
+               if zoo_completions(rows, name) != zoo_completions(blind, name)}
+    assert changed == {HONEST, "over_confidence", "right_label_wrong_reasons"}
 
 
 # --- detectors ---

@@ -1,10 +1,11 @@
 """The zoo: completions and policies that cheat a reward, beside an honest mediocre analyst.
 
 In: rows of `prompts.prompt_dataset`. Out: for every animal what it earns under each reward set
-(`zoo_table`). An animal sees the prompt and nothing of the truth. Cheats that need a judgement
-(cite everything, flatter, pad) borrow the mediocre analyst's label for the same window, draw for
-draw, so that the table compares how the rest of the answer was obtained and not who guessed
-better. The analyst stands for a cold start: right on six days of ten, mostly one level off on the
+(`zoo_table`). An animal sees the prompt and nothing of the truth, but for one that avoids the true
+items on purpose (`right_label_wrong_reasons`) and the analyst's over-confident twin. Cheats that
+need a judgement (cite everything, flatter, pad) borrow the mediocre analyst's label for the same
+window, draw for draw, so that the table compares how the rest of the answer was obtained and not
+who guessed better. The analyst stands for a cold start: right on six days of ten, mostly one level off on the
 others, an incomplete citation here, a wrong one there, three answers in a hundred broken off.
 """
 
