@@ -204,6 +204,17 @@ def test_times_go_to_their_own_file(tmp_path):
     assert not any("time" in key.split("_") or "second" in key for key in read_rows(path)[0])
 
 
+def test_a_kl_in_the_loss_has_a_key_of_its_own(tmp_path, caplog):
+    trainer = make("grpo", tmp_path, steps=1, kl_coef=0.1, kl_placement="loss")
+    path = tmp_path / "metrics.jsonl"
+    keys = metric_keys("grpo", ["length_reward"], kl_in_loss=True)
+    assert set(keys) - set(metric_keys("grpo", ["length_reward"])) == {"kl"}
+    trainer.add_callback(MetricsWriter(path, tmp_path / "timings.jsonl", keys=keys))
+    trainer.train()
+    assert read_rows(path)[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert "not written" not in caplog.text
+
+
 @pytest.mark.parametrize("arm", ARM_CHANGES)
 def test_a_resumed_run_ends_with_the_bytes_of_an_undisturbed_one(arm, tmp_path):
     """The alarm that holds from step 1 on must not ring again after the resume."""

@@ -1,5 +1,7 @@
 """Rollouts: what is sampled is the model's distribution, whatever stands beside it in the batch."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -261,6 +263,7 @@ def verdict(risk="normal", evidence=("e1",)):
                           basis="as always.", risk=risk)
 
 
+@functools.cache
 def taught(risk, steps=70):
     """Return a model that has read one verdict with this risk again and again."""
     model, tokenizer = policy()
@@ -304,7 +307,7 @@ def test_risk_scores_are_the_normalised_probabilities_of_the_whole_labels():
         assert np.allclose(np.log(row), expected, atol=1e-3)
     rolled = [by_brute_force(model, tokenizer, p, t)
               for p, t in zip(prompts[1:] + prompts[:1], texts, strict=True)]
-    assert not np.allclose(np.log(found), rolled, atol=1e-2), "the broken twin: another row's prompt"
+    assert not np.allclose(np.log(found), rolled, atol=1e-2), "the broken twin: another prompt"
 
 
 def test_what_stands_behind_the_label_does_not_count(sharp):
@@ -391,7 +394,7 @@ def test_rows_keep_their_order_whatever_their_length(monkeypatch):
 
 
 def test_predictions_do_not_depend_on_the_batch_size():
-    model, tokenizer, _ = taught("malicious", steps=30)
+    model, tokenizer, _ = taught("malicious")
     rows = [row(i + 1, "the question " * n) for i, n in enumerate((3, 1, 2, 1, 5))]
     small, large = (table_of(model, tokenizer, rows, batch_size=size) for size in (2, 64))
     assert small["completion"].tolist() == large["completion"].tolist()
