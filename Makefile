@@ -10,8 +10,9 @@ RUNS    ?= runs
 JOBS    ?= 2
 VENV    := .venv
 BIN     := $(VENV)/bin
-PYTHON  ?= $(shell for candidate in python3 python python3.13 python3.12 python3.11; do \
-	$$candidate -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+# 3.11 comes first: the pins were measured on it.
+PYTHON  ?= $(shell for candidate in python3.11 python3 python3.12 python3.13 python; do \
+	$$candidate -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
 	2>/dev/null && { command -v $$candidate; break; }; done)
 STAMP   := $(VENV)/installed-$(shell cat requirements.txt pyproject.toml | cksum | cut -d' ' -f1)
 PYTEST   = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
@@ -60,8 +61,9 @@ clean: ## remove the environment and caches (runs/ stays)
 # The environment, made anew when requirements.txt or pyproject.toml change. torch comes first and
 # by its exact version: asked for otherwise, it may bring several GB of CUDA packages.
 $(STAMP):
-	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 found. Install one, or name it:" \
-		"make PYTHON=/path/to/python3.12" >&2; exit 2; }
+	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 with the module venv found." \
+		"Install one (on Debian and Ubuntu also python3-venv), or name it:" \
+		"make PYTHON=/path/to/python3.11" >&2; exit 2; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { echo \
 		"$(PYTHON) is not Python 3.11, 3.12 or 3.13." >&2; exit 2; }
 	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot make virtual" \
