@@ -5,8 +5,9 @@ In: rows of `prompts.prompt_dataset`. Out: for every animal what it earns under 
 items on purpose (`right_label_wrong_reasons`) and the analyst's over-confident twin. Cheats that
 need a judgement (cite everything, flatter, pad) borrow the mediocre analyst's label for the same
 window, draw for draw, so that the table compares how the rest of the answer was obtained and not
-who guessed better. The analyst stands for a cold start: right on six days of ten, mostly one level off on the
-others, an incomplete citation here, a wrong one there, three answers in a hundred broken off.
+who guessed better. The analyst stands for a cold start: right on six days of ten, mostly one level
+off on the others, an incomplete citation here, a wrong one there, three answers in a hundred broken
+off.
 """
 
 import json
