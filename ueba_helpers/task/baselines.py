@@ -30,6 +30,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
+from threadpoolctl import threadpool_limits
 
 from ueba_helpers.data.seeding import derived_seed, generator
 from ueba_helpers.data.windows import BEHAVIOUR_FEATURES, PAST_FEATURES, WEEK_FEATURES
@@ -124,11 +125,13 @@ def fit(train: pd.DataFrame, *, detector: str, seed: int) -> Baseline:
     if detector == "isolation_forest":
         estimator = make_pipeline(
             SimpleImputer(strategy="median", keep_empty_features=True),
-            IsolationForest(n_estimators=200, random_state=state)).fit(_matrix(train))
+            IsolationForest(n_estimators=200, random_state=state))
+        _fitted(estimator, _matrix(train), None)
     elif detector in SUPERVISED:
         _require_columns(train, ("risk",), "train")
         _require_risks(train["risk"], "train")
-        estimator = _classifier(detector, state).fit(_matrix(train), train["risk"].to_numpy(str))
+        estimator = _fitted(_classifier(detector, state), _matrix(train),
+                            train["risk"].to_numpy(str))
     return Baseline(detector, seed, estimator, len(train))
 
 
@@ -149,7 +152,8 @@ def scores(model: Baseline, windows: pd.DataFrame) -> tuple[np.ndarray, np.ndarr
         score = -model.estimator.score_samples(_matrix(windows))
     else:
         probability = dict(zip(model.estimator.classes_,
-                               model.estimator.predict_proba(_matrix(windows)).T, strict=True))
+                               _probabilities(model.estimator, _matrix(windows)).T,
+                               strict=True))
         nothing = np.zeros(len(windows))
         score = probability.get(MALICIOUS, nothing)
         return score, score + probability.get(SUSPICIOUS, nothing)
@@ -262,8 +266,8 @@ def hardness_score(windows: pd.DataFrame, train_users: list[str], *, seed: int,
 
     def fill(learned: np.ndarray, scored: np.ndarray) -> None:
         if scored.any():
-            fitted = _boosting(state).fit(matrix[learned], labels[learned])
-            hardness[scored] = fitted.predict_proba(matrix[scored])[:, 1]
+            fitted = _fitted(_boosting(state), matrix[learned], labels[learned])
+            hardness[scored] = _probabilities(fitted, matrix[scored])[:, 1]
 
     fill(usable, ~known)
     places = np.flatnonzero(usable)
@@ -275,6 +279,17 @@ def hardness_score(windows: pd.DataFrame, train_users: list[str], *, seed: int,
     only_ignored = known & np.isnan(hardness)  # users without one usable day: nobody learned them
     fill(usable & ~np.isin(groups, groups[only_ignored]), only_ignored)
     return hardness
+
+
+def _fitted(estimator, matrix: np.ndarray, labels: np.ndarray | None):
+    """Fit on one thread: the same sums on every machine, and on busy cores twenty times faster."""
+    with threadpool_limits(limits=1):
+        return estimator.fit(matrix, labels)
+
+
+def _probabilities(estimator, matrix: np.ndarray) -> np.ndarray:
+    with threadpool_limits(limits=1):
+        return estimator.predict_proba(matrix)
 
 
 def _classifier(detector: str, state: int):
