@@ -43,6 +43,7 @@ take p_malicious >= `optimal.threshold` from here and the lower levels from its 
 
 import calendar
 import codecs
+import functools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -521,7 +522,8 @@ def _incidents(settings, rng, inside_one, inside_two, inside_three, supervisor, 
     return found
 
 
-def _holidays(year: int) -> set[date]:
+@functools.cache
+def _holidays(year: int) -> frozenset[date]:
     """Return the days off of a United States employer in one year."""
 
     def nth(month, weekday, n):
@@ -533,7 +535,7 @@ def _holidays(year: int) -> set[date]:
         return day + timedelta({5: -1, 6: 1}.get(day.weekday(), 0))
 
     fixed = {observed(date(year, m, d)) for m, d in ((1, 1), (7, 4), (12, 25))}
-    return fixed | {nth(1, 0, 2), nth(5, 0, -1), nth(9, 0, 0), nth(11, 3, 3)}
+    return frozenset(fixed | {nth(1, 0, 2), nth(5, 0, -1), nth(9, 0, 0), nth(11, 3, 3)})
 
 
 def _is_workday(settings: _Settings, day: int) -> bool:
@@ -1638,6 +1640,8 @@ def _write_truth(folder, settings, cast, plan, names) -> dict:
     grid = np.round(np.arange(0.05, 0.96, 0.025), 3)
     scores = [_macro_f1(malicious, rare, held_out >= cut) for cut in grid]
     threshold = float(grid[int(np.argmax(scores))])
+    said = held_out >= threshold
+    agreed = 2 * np.sum(said & malicious) / max(1, said.sum() + malicious.sum())
     posterior = _Frequencies(*joined(samples)[:2])
 
     levels, rare = _visible_cells(settings, plan)
@@ -1662,6 +1666,7 @@ def _write_truth(folder, settings, cast, plan, names) -> dict:
     ordinary = plan.present & ~plan.incident_days
     return {
         "macro_f1": round(max(scores), 4),
+        "malicious_f1": round(float(agreed), 4),
         "threshold": threshold,
         "rare_share_of_benign_days": round(float(np.mean(rare[ordinary])), 4),
         "reference_populations": len(samples),
