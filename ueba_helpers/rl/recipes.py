@@ -87,12 +87,8 @@ def sft(start: Path | str, out: Path | str, rows: Sequence[Mapping], settings: S
     """
     out = Path(out)
     tokenizer = load_tokenizer(start)
-    tokenize_prompts(tokenizer, [row["prompt"] for row in rows],
-                     max_prompt_tokens=policy.max_prompt_tokens)
     model = load_policy(start, policy)
-    data = Dataset.from_list([
-        {"prompt": row["prompt"],
-         "completion": [{"role": "assistant", "content": row["completion"]}]} for row in rows])
+    data = Dataset.from_list(_demonstration_tokens(tokenizer, rows, policy.max_prompt_tokens))
     config = SFTConfig(
         output_dir=str(out / "checkpoints"), num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.batch_size, learning_rate=settings.learning_rate,
@@ -111,6 +107,20 @@ def sft(start: Path | str, out: Path | str, rows: Sequence[Mapping], settings: S
     if isinstance(trained, PeftModel):
         trained = trained.merge_and_unload()
     return Trained(save_policy(trained, tokenizer, out / "policy"), costs)
+
+
+def _demonstration_tokens(tokenizer, rows: Sequence[Mapping], max_prompt_tokens: int
+                          ) -> list[dict]:
+    """Return `input_ids` and `completion_mask` of whole demonstrations, the end of turn included.
+
+    TRL would render the chat template row by row, which takes longer than a tiny policy's epoch.
+    """
+    prompts = tokenize_prompts(tokenizer, [row["prompt"] for row in rows],
+                               max_prompt_tokens=max_prompt_tokens)
+    answers = tokenizer([row["completion"] for row in rows], add_special_tokens=False)["input_ids"]
+    return [{"input_ids": [*prompt, *answer, tokenizer.eos_token_id],
+             "completion_mask": [0] * len(prompt) + [1] * (len(answer) + 1)}
+            for prompt, answer in zip(prompts, answers, strict=True)]
 
 
 def ppo(start: Path | str, out: Path | str, rows: Sequence[Mapping], settings: PPOSettings,

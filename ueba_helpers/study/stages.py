@@ -1,0 +1,426 @@
+"""The stages of the study: each makes its files or finds them made.
+
+In: a profile, a seed, a release (or none) and a folder for runs. Out: a `Study`, whose methods
+return tables and run folders; whatever is missing is made first, so that a notebook opened alone
+does what the whole pipeline would. Data and the answer key go one way: windows, splits, samples,
+prompts, runs, predictions. Only `Study.judged(split="test")` opens the test users.
+
+Refused: a split the study does not have, and a release without any insider.
+"""
+
+import functools
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+
+from ueba_helpers.data import cert, simulate, splits, windows
+from ueba_helpers.data.files import write_json
+from ueba_helpers.data.windows import Window
+from ueba_helpers.errors import UserError
+from ueba_helpers.study import evaluation
+from ueba_helpers.study.config import Profile, check_device
+from ueba_helpers.study.config import profile as profile_named
+from ueba_helpers.study.runs import (
+    ResourceMonitor,
+    RunFolder,
+    content_hash,
+    data_hash,
+    study_folder,
+    write_parquet,
+)
+from ueba_helpers.task import baselines, prompts
+
+SPLITS = ("dev", "test")
+CLASSICAL = ("rules", "keyword", "isolation_forest", "logistic_regression", "gradient_boosting")
+GBOOST_SAME = "gradient_boosting_same_windows"  # trained on exactly the policy's windows
+POLICIES = ("sft", "sft_all", "ppo", "grpo")
+
+Progress = Callable[[str], None] | None
+
+
+def prepare_data(profile: str, seed: int, data: str, runs: str, *,
+                 progress: Progress = None) -> Path:
+    """Simulate a release unless one is given, read it, build windows, splits and samples.
+
+    Returns the study's data folder; `samples.json`, written last, says that it is complete.
+    """
+    chosen = profile_named(profile)
+    say = progress or (lambda message: None)
+    home = study_folder(chosen, seed=seed, data=data, runs=runs) / "data"
+    settings = {"windows": asdict(chosen.windows), "evaluation": asdict(chosen.evaluation),
+                "needed": _windows_needed(chosen), "seed": seed}
+    if _read(home / "samples.json").get("settings") == json.loads(json.dumps(settings)):
+        return home
+    release = Path(data) if data else Path(runs) / "data" / (
+        f"r4.2-{data_hash(chosen, seed=seed, data='')}")
+    if not data:
+        say("simulating a release")
+        simulate.simulate(release, seed=seed, **asdict(chosen.simulate))
+    say("reading the release")
+    cert.ingest(release, home / "store", memory_limit=chosen.memory_limit)
+    say("building windows")
+    windows.build(home / "store", home / "windows", memory_limit=chosen.memory_limit,
+                  **asdict(chosen.windows))
+    users = windows.users_table(windows.read(home / "windows",
+                                             columns=["user", "incident", "scenario"]))
+    if users["incident"].notna().sum() == 0:
+        raise UserError(f"{release}: no insider of the answer key acts in these logs, so nothing "
+                        "can be learned or judged. Check the answers folder.")
+    assigned = splits.assign(users, seed=seed)
+    write_parquet(home / "splits.parquet", assigned)
+    train_users = assigned.loc[assigned["split"] == "train", "user"]
+    windows.relabel(home / "windows", train_users, memory_limit=chosen.memory_limit)
+    table = windows.read(home / "windows").merge(assigned, on="user", validate="many_to_one")
+    say("drawing samples")
+    counts = _samples(home, chosen, table, list(train_users), seed)
+    audit = splits.audit(windows.read(home / "windows"), assigned, seed=seed,
+                         store=home / "store", manifest=windows.read_manifest(home / "windows"))
+    write_parquet(home / "audit.parquet", audit)
+    write_json(home / "samples.json", {"settings": settings, "counts": counts,
+                                       "release": str(release)})
+    return home
+
+
+def _read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _windows_needed(chosen: Profile) -> dict[str, int]:
+    rl = chosen.grpo.steps * chosen.grpo.prompts_per_step
+    return {"cold": chosen.sft.examples, "all": chosen.sft_all.examples, "rl": rl}
+
+
+def _samples(home: Path, chosen: Profile, table: pd.DataFrame, train_users: list[str],
+             seed: int) -> dict:
+    """Write which windows are trained on and judged, with their evidence and truth."""
+    clear = table[~(table["ignore"] | table["precursor"])]
+    needed = _windows_needed(chosen)
+    training = {
+        "cold": splits.balanced(clear, n=needed["cold"], seed=seed, parts=("cold",)),
+        "rl": splits.balanced(clear, n=needed["rl"], seed=seed, parts=("rl",)),
+        "all": splits.balanced(clear, n=needed["all"], seed=seed, parts=("cold", "rl")),
+    }
+    order = pd.concat([pd.DataFrame({"purpose": name, "window_id": rows["window_id"].to_numpy()})
+                       for name, rows in training.items()], ignore_index=True)
+    write_parquet(home / "training.parquet", order)
+    hardness = baselines.hardness_score(table, train_users, seed=seed)
+    sizes = {"dev": (chosen.evaluation.dev_per_class, chosen.evaluation.dev_benign),
+             "test": (chosen.evaluation.headline_per_class, chosen.evaluation.n_benign)}
+    judged = pd.concat([
+        splits.evaluation_sample(table, hardness, split=split, headline_per_class=per_class,
+                                 n_benign=benign, seed=seed,
+                                 base_rate=chosen.evaluation.base_rate)
+        for split, (per_class, benign) in sizes.items()], ignore_index=True)
+    write_parquet(home / "judged.parquet", judged)
+    wanted = table[table["window_id"].isin({*order["window_id"], *judged["window_id"]})]
+    items = windows.evidence(home / "store", wanted)
+    write_parquet(home / "items.parquet", items)
+    write_parquet(home / "truth.parquet", windows.truth_table(wanted, items))
+    return {"windows": len(table), **{k: len(v) for k, v in training.items()},
+            "judged": judged["split"].value_counts().to_dict()}
+
+
+@dataclass(frozen=True)
+class Study:
+    """One study on disk: profile, seed and data, and everything made from them."""
+
+    profile: Profile
+    seed: int
+    data: str
+    runs: str
+
+    @functools.cached_property
+    def path(self) -> Path:
+        """The folder of this study."""
+        return study_folder(self.profile, seed=self.seed, data=self.data, runs=self.runs)
+
+    @functools.cached_property
+    def home(self) -> Path:
+        """The folder of the prepared data."""
+        return prepare_data(self.profile.name, self.seed, self.data, self.runs)
+
+    @functools.cached_property
+    def store(self) -> cert.Store:
+        """The event store, for questions about raw events."""
+        return cert.Store(self.home / "store")
+
+    @functools.cached_property
+    def windows(self) -> pd.DataFrame:
+        """Every account-day with its features, labels and split."""
+        assigned = pd.read_parquet(self.home / "splits.parquet")
+        return windows.read(self.home / "windows").merge(assigned, on="user")
+
+    @functools.cached_property
+    def items(self) -> pd.DataFrame:
+        """The evidence items of the windows that are trained on or judged."""
+        return pd.read_parquet(self.home / "items.parquet")
+
+    @functools.cached_property
+    def truth(self) -> pd.DataFrame:
+        """The answers to those windows; evaluation's side of the table."""
+        return pd.read_parquet(self.home / "truth.parquet")
+
+    @functools.cached_property
+    def audit(self) -> pd.DataFrame:
+        """The leakage audits of this data."""
+        return pd.read_parquet(self.home / "audit.parquet")
+
+    def sample(self, split: str) -> pd.DataFrame:
+        """Return the windows of a split that every detector is judged on, with their weights."""
+        _check_split(split)
+        table = pd.read_parquet(self.home / "judged.parquet")
+        return table[table["split"] == split].reset_index(drop=True)
+
+    def training_windows(self, purpose: str) -> pd.DataFrame:
+        """Return the windows of a training set ("cold", "rl" or "all"), in its order."""
+        order = pd.read_parquet(self.home / "training.parquet")
+        order = order.loc[order["purpose"] == purpose, "window_id"]
+        return self.windows.set_index("window_id", drop=False).loc[order].reset_index(drop=True)
+
+    # -- prompts ------------------------------------------------------------------------------
+
+    def _loaded(self, table: pd.DataFrame) -> list[Window]:
+        unique = table.drop_duplicates("window_id")
+        items = self.items[self.items["window_id"].isin(unique["window_id"])]
+        by_id = {window.window_id: window for window in windows.load(unique, items)}
+        return [by_id[name] for name in table["window_id"]]
+
+    def rows(self, table: pd.DataFrame) -> list[dict]:
+        """Return the prompt rows of windows, cut to the policy's token budget, in their order."""
+        from ueba_helpers.rl.policies import load_tokenizer
+
+        tokenizer = load_tokenizer(self.base_policy)
+        unique = table.drop_duplicates("window_id")
+
+        def count_tokens(messages: list[dict]) -> int:
+            return len(tokenizer.apply_chat_template(messages, add_generation_prompt=True,
+                                                     tokenize=True, return_dict=True)["input_ids"])
+
+        made = prompts.prompt_dataset(
+            self._loaded(unique), max_items=self.profile.max_items, count_tokens=count_tokens,
+            budget=self.profile.policy.max_prompt_tokens)
+        by_id = dict(zip(unique["window_id"], made, strict=True))
+        return [by_id[name] for name in table["window_id"]]
+
+    def judged_rows(self, split: str) -> list[dict]:
+        """Return the prompt rows of a split's sample."""
+        return self.rows(self._sampled(split))
+
+    def _sampled(self, split: str) -> pd.DataFrame:
+        wanted = self.sample(split)["window_id"]
+        return self.windows.set_index("window_id", drop=False).loc[wanted].reset_index(drop=True)
+
+    def demonstrations(self, purpose: str, settings) -> list[dict]:
+        """Return prompt rows with a `completion`: the reference verdict under the said label."""
+        from ueba_helpers.rl.recipes import demonstrated_labels
+
+        table = self.training_windows(purpose)
+        said = demonstrated_labels(table["risk"], settings, seed=self.seed)
+        rows = self.rows(table)
+        shown = [prompts.keep_items(window, len(row["evidence_ids"]))
+                 for window, row in zip(self._loaded(table), rows, strict=True)]
+        return [{**row, "completion": prompts.target_verdict(
+                    window, risk=risk, max_items=self.profile.max_items)}
+                for row, window, risk in zip(rows, shown, said, strict=True)]
+
+    # -- policies -----------------------------------------------------------------------------
+
+    @functools.cached_property
+    def base_policy(self) -> str:
+        """The untrained policy: a folder made on the spot, a local checkpoint or a hub name."""
+        settings = self.profile.policy
+        if settings.name != "tiny":
+            return settings.name
+        from ueba_helpers.rl.policies import make_tiny
+
+        texts = self._tokenizer_texts()
+        name = content_hash({"policy": asdict(settings), "texts": texts, "seed": self.seed})
+        return str(make_tiny(self.path / "policies" / f"tiny-{name}", texts, settings,
+                             seed=self.seed))
+
+    def _tokenizer_texts(self) -> list[str]:
+        """Training users' prompts and verdicts; no other text shapes the tokenizer."""
+        loaded = self._loaded(self.training_windows("cold").drop_duplicates("window_id"))
+        options = {"max_items": self.profile.max_items}
+        return [text for window in loaded for text in (
+            *(message["content"] for message in prompts.window_messages(window, **options)),
+            prompts.target_verdict(window, **options))]
+
+    def run(self, method: str) -> RunFolder:
+        """Return the complete run of "sft", "sft_all", "ppo" or "grpo"; train it if it is not.
+
+        Each ends by judging the dev sample: predictions.parquet makes the run complete.
+        """
+        if method not in POLICIES:
+            raise UserError(f"Unknown method {method!r}. Legal methods: {', '.join(POLICIES)}.")
+        check_device(self.profile)
+        settings = replace_seed(getattr(self.profile, method), self.seed)
+        configuration = {"settings": asdict(settings), "policy": asdict(self.profile.policy),
+                         "max_items": self.profile.max_items, "base": Path(self.base_policy).name}
+        if method != "sft":
+            configuration["start"] = self.run("sft").name
+        folder = RunFolder.open(self.path, method, configuration=configuration, seed=self.seed,
+                                data=data_hash(self.profile, seed=self.seed, data=self.data),
+                                simulated=not self.data)
+        if not folder.complete:
+            self._train(method, folder, settings)
+        return folder
+
+    def start_of(self, method: str) -> str:
+        """Return the checkpoint a method's training begins from."""
+        return self.base_policy if method == "sft" else str(self.run("sft").path / "policy")
+
+    def _train(self, method: str, folder: RunFolder, settings) -> None:
+        from ueba_helpers.rl import recipes
+        from ueba_helpers.rl.checkpoints import latest_checkpoint
+
+        start = self.start_of(method)
+        checkpoint = latest_checkpoint(folder.checkpoints)
+        step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+        log = folder.log(resumed_step=step)
+        with ResourceMonitor() as monitor:
+            if method in recipes.METHODS:
+                held_out = _HeldOutLog(folder.path / "held_out.jsonl", resumed_step=step)
+                trained = recipes.METHODS[method](
+                    start, folder.path, self.rows(self.training_windows("rl")), settings,
+                    self.profile.policy, on_step=log.write, held_out=self._watched(),
+                    evaluate_every=max(1, settings.steps // 6), on_held_out=held_out.write)
+            else:
+                purpose = "cold" if method == "sft" else "all"
+                trained = recipes.sft(start, folder.path, self.demonstrations(purpose, settings),
+                                      settings, self.profile.policy, seed=self.seed,
+                                      on_step=log.write)
+        folder.add_resources({**monitor.result, **trained.costs})
+        recipes.drop_checkpoints(folder.path)
+        folder.finish(self._predicted(method, folder, "dev"))
+
+    def _watched(self) -> list[dict]:
+        """A slice of the dev sample's headline windows, the same for every method."""
+        sample = self.sample("dev")
+        wanted = sample.loc[sample["headline"], "window_id"]
+        table = self.windows.set_index("window_id", drop=False).loc[wanted]
+        return self.rows(table.groupby("risk").head(30).reset_index(drop=True))
+
+    def policy(self, method: str):
+        """Return a trained policy and its tokenizer ("base" is the untrained one)."""
+        from ueba_helpers.rl import recipes
+        from ueba_helpers.rl.policies import load_policy, load_tokenizer
+
+        if method == "base":
+            settings = replace(self.profile.policy, lora_rank=0)
+            return (load_policy(self.base_policy, settings), load_tokenizer(self.base_policy))
+        folder = self.run(method)
+        name = "adapter" if folder.adapter.exists() else "policy"
+        model = recipes.load_trained(folder.path / name, self.start_of(method),
+                                     self.profile.policy)
+        return model, load_tokenizer(folder.path / name)
+
+    def _predicted(self, method: str, folder: RunFolder, split: str) -> pd.DataFrame:
+        from ueba_helpers.rl import recipes
+        from ueba_helpers.rl.policies import load_tokenizer
+        from ueba_helpers.rl.rollouts import predict
+
+        name = "adapter" if folder.adapter.exists() else "policy"
+        model = recipes.load_trained(folder.path / name, self.start_of(method),
+                                     self.profile.policy)
+        return predict(model, load_tokenizer(folder.path / name), self.judged_rows(split),
+                       detector=method, seed=self.seed, split=split,
+                       max_new_tokens=self.profile.policy.max_completion_tokens,
+                       batch_size=self.profile.evaluation.batch_size)
+
+    # -- predictions --------------------------------------------------------------------------
+
+    def judged(self, detector: str, *, split: str = "dev") -> pd.DataFrame:
+        """Return a detector's predictions on a split's sample; make them if they are missing.
+
+        "test" is for notebook 07: everything before it reports dev.
+        """
+        _check_split(split)
+        if detector in POLICIES:
+            folder = self.run(detector)
+            if split == "dev":
+                return folder.predictions()
+            path = folder.path / "test" / "predictions.parquet"
+            if not path.exists():
+                write_parquet(path, self._predicted(detector, folder, split))
+            return pd.read_parquet(path)
+        return self._judged_baseline(detector, split)
+
+    def baseline(self, detector: str) -> baselines.Baseline:
+        """Return a classical detector, fitted on training users, its thresholds chosen on dev."""
+        if detector not in (*CLASSICAL, GBOOST_SAME):
+            raise UserError(f"Unknown detector {detector!r}. Legal detectors: "
+                            f"{', '.join((*CLASSICAL, GBOOST_SAME, *POLICIES))}.")
+        if detector == GBOOST_SAME:
+            train = pd.concat([self.training_windows("cold"), self.training_windows("rl")])
+            model = baselines.fit(train, detector="gradient_boosting", seed=self.seed)
+        else:
+            table = self.windows
+            clear = table[(table["split"] == "train") & ~(table["ignore"] | table["precursor"])]
+            model = baselines.fit(clear, detector=detector, seed=self.seed)
+        dev = self.sample("dev")
+        headline = dev.loc[dev["headline"], "window_id"]
+        return baselines.fit_thresholds(
+            model, self.windows[self.windows["window_id"].isin(headline)])
+
+    def _judged_baseline(self, detector: str, split: str) -> pd.DataFrame:
+        path = self.path / "baselines" / f"{detector}-{split}.parquet"
+        marker = path.with_suffix(".json")
+        current = {"judged": content_hash(self.sample(split).to_csv())}
+        if not path.exists() or _read(marker) != current:
+            started = time.perf_counter()
+            table = baselines.predict(self.baseline(detector), self._sampled(split), split=split)
+            table["detector"] = detector
+            write_parquet(path, table)
+            write_json(marker, current)
+            write_json(path.with_name(f"{detector}-{split}-seconds.json"),
+                       {"wall_seconds": time.perf_counter() - started})
+        return pd.read_parquet(path)
+
+    def evaluate(self, detectors: Sequence[str], *, split: str = "dev") -> pd.DataFrame:
+        """Return the metrics of detectors on a split, with intervals over users."""
+        judged = pd.concat([self.judged(name, split=split) for name in detectors],
+                           ignore_index=True)
+        settings = self.profile.evaluation
+        return evaluation.evaluate(judged, self.truth, self.sample(split), seed=self.seed,
+                                   budgets=settings.alert_budgets, resamples=settings.bootstrap)
+
+    def costs(self, detector: str) -> Mapping[str, float]:
+        """Return what a detector cost: seconds, peak memory in bytes, tokens, completions."""
+        if detector in POLICIES:
+            return self.run(detector).resources()
+        return _read(self.path / "baselines" / f"{detector}-dev-seconds.json")
+
+
+def _check_split(split: str) -> None:
+    if split not in SPLITS:
+        raise UserError(f"Unknown split {split!r}. Legal splits: {', '.join(SPLITS)}.")
+
+
+def replace_seed(settings, seed: int):
+    """Return RL settings under the study's seed; SFT settings, which have none, as they are."""
+    return replace(settings, seed=seed) if "seed" in vars(settings) else settings
+
+
+class _HeldOutLog:
+    """held_out.jsonl: the dev slice as training goes on, cut back to the resumed step."""
+
+    def __init__(self, path: Path, *, resumed_step: int):
+        self.path = path
+        lines = path.read_text().splitlines() if path.exists() and resumed_step else []
+        kept = [line for line in lines if json.loads(line)["step"] <= resumed_step]
+        path.write_text("".join(line + "\n" for line in kept))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        with open(self.path, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"step": step, **values}, sort_keys=True) + "\n")
+
+
+def open_study(profile: str, seed: int = 0, data: str = "", runs: str = "../runs") -> Study:
+    """Return the study of a notebook's parameters (PROFILE, SEED, DATA, RUNS)."""
+    return Study(profile_named(profile), int(seed), str(Path(data).resolve()) if data else "",
+                 str(Path(runs).resolve()))
