@@ -21,6 +21,7 @@ import codecs
 import contextlib
 import csv
 import fcntl
+import functools
 import gzip
 import hashlib
 import io
@@ -608,9 +609,10 @@ class _Block:
     ended: bool = True
     too_long: bool = False
 
-    @property
+    @functools.cached_property
     def n_lines(self) -> int:
-        return 1 if self.too_long else self.data.count(b"\n") + (not self.ended)
+        line_ends = np.count_nonzero(np.frombuffer(self.data, np.uint8) == 10)
+        return 1 if self.too_long else int(line_ends) + (not self.ended)
 
 
 def _blocks(reader: _Reader, rest: bytes, first_line: int) -> Iterator[_Block]:
@@ -675,6 +677,12 @@ def _printable(data: bytes) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+# For each of the three words of a short value and each length 0-12: the bits that belong to it.
+_MASKS = np.array(
+    [[(1 << 8 * min(max(n - 4 * word, 0), 4)) - 1 for n in range(13)] for word in range(3)], "<u4"
+)
+
+
 def _string_views(padded: np.ndarray, block: pa.Buffer, starts: np.ndarray, ends: np.ndarray):
     """Return an Arrow string_view array over `block[starts:ends]` without copying long values.
 
@@ -683,16 +691,16 @@ def _string_views(padded: np.ndarray, block: pa.Buffer, starts: np.ndarray, ends
     then the value itself up to 12 bytes, or its first 4 bytes, buffer number and offset.
     """
     count = len(starts)
-    words = np.zeros((count, 4), dtype="<i4")
-    words[:, 0] = ends - starts
-    raw = words.view(np.uint8)
-    raw[:, 4:8] = padded[starts[:, None] + np.arange(4)]
+    lengths = ends - starts
+    # The four bytes that begin at every offset, as one number each.
+    fours = np.ndarray((len(padded) - 3,), "<u4", padded, strides=(1,))
+    words = np.zeros((count, 4), "<u4")
+    words[:, 0] = lengths
+    words[:, 1] = fours[starts]
     words[:, 3] = starts
-    short = np.flatnonzero(words[:, 0] <= 12)
-    if len(short):
-        letters = padded[starts[short, None] + np.arange(12)]
-        letters[np.arange(12) >= words[short, 0, None]] = 0
-        raw[short, 4:16] = letters
+    short = slice(None) if (lengths <= 12).all() else np.flatnonzero(lengths <= 12)
+    for word in range(3):
+        words[short, 1 + word] = fours[starts[short] + 4 * word] & _MASKS[word, lengths[short]]
     views = pa.py_buffer(words)
     return pa.Array.from_buffers(pa.string_view(), count, [None, views, block])
 
@@ -708,6 +716,7 @@ def _batches(block: _Block, table: _Table) -> Iterator[pa.RecordBatch]:
     padded = np.frombuffer(data + bytes(16), np.uint8)
     buffer = padded[: len(data)]
     ends = np.flatnonzero(buffer == 10)
+    n_line_feeds = len(ends)
     if not block.ended or block.too_long:
         ends = np.append(ends, len(data))
     starts = np.concatenate(([0], ends[:-1] + 1))
@@ -728,10 +737,12 @@ def _batches(block: _Block, table: _Table) -> Iterator[pa.RecordBatch]:
     code[ends == starts] = _EMPTY
     if len(buffer) and buffer.max() >= 128:
         code[_not_utf8(data, buffer, starts, ends, lines_of)] = _UTF8
-    code[lines_of(np.flatnonzero(buffer == 34))] = _QUOTE
-    low = np.flatnonzero((buffer < 32) & (buffer != 10))
-    code[lines_of(low)] = _CONTROL
-    code[lines_of(low[buffer[low] == 0])] = _NUL
+    if b'"' in data:
+        code[lines_of(np.flatnonzero(buffer == 34))] = _QUOTE
+    if np.count_nonzero(buffer < 32) > n_line_feeds:
+        low = np.flatnonzero((buffer < 32) & (buffer != 10))
+        code[lines_of(low)] = _CONTROL
+        code[lines_of(low[buffer[low] == 0])] = _NUL
     code[ends - starts > MAX_LINE_BYTES] = _LONG
     if block.too_long:
         code[-1] = _LONG
