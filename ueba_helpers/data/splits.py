@@ -367,7 +367,8 @@ def audit(
     `assignment` has user, split, part. With the event `store` the audits also rebuild sampled days
     from a store cut off after them, compare labels with the answer key, and look at event ids;
     with the windows' `manifest` they check whom the deviation levels were fitted on. `detector`
-    is what the label permutation trains. A check passes while `got` is at most `limit`.
+    is what the label permutation trains. A check passes while `got` is at most `limit`; one that
+    has too little data to judge passes with `got` NaN and says so.
     """
     windows = windows.drop(columns=["split", "part"], errors="ignore")
     joined = windows.merge(assignment[["user", "split", "part"]], on="user", how="left")
@@ -396,6 +397,11 @@ def audit(
 def _row(check: str, got: float, limit: float, detail: str) -> dict:
     return {"check": check, "passed": bool(got <= limit), "got": float(got),
             "limit": float(limit), "detail": detail}
+
+
+def _cannot_tell(check: str, limit: float, why: str) -> dict:
+    return {"check": check, "passed": True, "got": float("nan"), "limit": limit,
+            "detail": f"not judged: {why}"}
 
 
 def _user_overlap(assignment: pd.DataFrame) -> dict:
@@ -440,8 +446,8 @@ def _permuted_labels(joined: pd.DataFrame, seed: int, detector: Detector) -> dic
     for labels in (true_labels, *(rng.permutation(true_labels) for _ in range(8))):
         y_train, y_held = (labels[place] for place in places)
         if y_train.all() or not y_train.any() or y_held.all() or not y_held.any():
-            return _row("permuted labels at chance", float("nan"), 0.5,
-                        "too few malicious days on one side to tell")
+            return _cannot_tell("permuted labels at chance", 0.5,
+                                "no malicious day on one side")
         found.append(roc_auc_score(y_held, detector(x_train, y_train, x_held)))
         spread.append(_chance_spread(y_held.sum(), (~y_held).sum()))
     limit = 0.5 + 4 * float(np.mean(spread[1:])) / np.sqrt(len(found) - 1)
@@ -486,7 +492,7 @@ def _cross_scores(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> flo
 
 def _guess(check: str, x: np.ndarray, y: np.ndarray, rng, what: str) -> dict:
     if min(y.sum(), (~y).sum()) < 5:
-        return _row(check, float("nan"), 0.5, f"too few {what} to tell")
+        return _cannot_tell(check, 0.5, f"too few {what} of one kind")
     limit = 0.5 + 3.5 * _chance_spread(y.sum(), (~y).sum())
     return _row(check, _cross_scores(x, y, rng), limit,
                 f"ROC-AUC of a random forest, {y.sum()} of {len(y)} {what}")
@@ -509,7 +515,7 @@ def _weekdays(windows: pd.DataFrame) -> dict:
     usable = windows[~windows["precursor"] & ~windows["ignore"]]
     rate = usable.groupby("weekday")["malicious"].mean()
     if not 0 < usable["malicious"].mean() < 1:
-        return _row("weekday says little", float("nan"), 0.6, "only one class")
+        return _cannot_tell("weekday says little", 0.6, "one class only")
     return _row("weekday says little",
                 roc_auc_score(usable["malicious"], usable["weekday"].map(rate)), 0.6,
                 "ROC-AUC of the weekday's own rate (in sample)")
@@ -527,7 +533,7 @@ def _near_duplicates(joined: pd.DataFrame) -> dict:
     train = (joined["split"] == "train").to_numpy()
     held_out = joined["split"].isin(["dev", "test"]).to_numpy()
     if not held_out.any():
-        return _row("near-duplicates across splits", float("nan"), 0.02, "no held-out windows")
+        return _cannot_tell("near-duplicates across splits", 0.02, "no held-out windows")
     twin = held_out & keys.isin(set(keys[train])).to_numpy()
     malicious = int((twin & joined["malicious"].to_numpy(bool)).sum())
     return _row("near-duplicates across splits", twin.sum() / held_out.sum(), 0.02,
@@ -599,7 +605,7 @@ def _event_ids(store: Path | str, seed: int) -> dict:
             "AND (log, id) NOT IN (SELECT (log, id) FROM answers) ORDER BY hash(id), id "
             "LIMIT 1000").fetchall()]
     if not labelled or not other:
-        return _row("event id says nothing", float("nan"), 0.5, "no labelled events")
+        return _cannot_tell("event id says nothing", 0.5, "no labelled events")
     picked = rng.permutation(len(labelled))[:1000]
     names = [labelled[i] for i in picked] + other
     y = np.arange(len(names)) < len(picked)

@@ -1,0 +1,485 @@
+"""Splits, samples and leakage audits: by hand, by law, and with planted leaks to be found."""
+
+import zlib
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import average_precision_score
+from sklearn.neighbors import KNeighborsClassifier
+
+from ueba_helpers.data import splits, windows
+from ueba_helpers.data.windows import (
+    BEHAVIOUR_FEATURES,
+    PAST_FEATURES,
+    RULE_FEATURES,
+    WEEK_FEATURES,
+)
+from ueba_helpers.errors import UserError
+
+NUMBERS = (*BEHAVIOUR_FEATURES, *PAST_FEATURES, *WEEK_FEATURES, *RULE_FEATURES)
+
+
+def accounts(benign=100, per_scenario=(8, 8, 8)):
+    """A users table: insiders of three scenarios, each third one's victim, benign accounts."""
+    rows, number = [], 0
+    for scenario, count in enumerate(per_scenario, start=1):
+        for _ in range(count):
+            insider = f"INS{number:04d}"
+            rows.append((insider, insider, scenario))
+            if scenario == 3:
+                rows.append((f"VIC{number:04d}", insider, 3))
+            number += 1
+    rows += [(f"BEN{i:04d}", None, 0) for i in range(benign)]
+    return pd.DataFrame(rows, columns=["user", "incident", "scenario"])
+
+
+def days_of(users, *, days=40, seed=0):
+    """A windows table: malicious days show in `n_http_job`, suspicious ones in `n_device`."""
+    rng = np.random.default_rng(seed)
+    first = users.drop_duplicates("user").reset_index(drop=True)
+    n = len(first) * days
+    who = np.repeat(np.arange(len(first)), days)
+    table = pd.DataFrame(rng.gamma(2.0, 1.0, (n, len(NUMBERS))), columns=list(NUMBERS))
+    table["user"] = first["user"].to_numpy()[who]
+    day = np.tile(np.arange(days), len(first))
+    table["day"] = (pd.Timestamp("2010-03-01") + pd.to_timedelta(day, unit="D")).date
+    table["window_id"] = table["user"] + "_" + table["day"].astype(str)
+    table["weekday"] = pd.to_datetime(table["day"]).dt.day_of_week
+    incident = first["incident"].to_numpy(object)[who]
+    length = np.where(first["scenario"] == 2, 8, 2)[who]
+    start = np.repeat([20 + zlib.crc32(str(name).encode()) % 11 for name in incident[::days]], days)
+    known = pd.notna(incident)
+    table["malicious"] = known & (day >= start) & (day < start + length)
+    table["incident"] = np.where(table["malicious"], incident, None)
+    table["scenario"] = np.where(table["malicious"], first["scenario"].to_numpy()[who], 0)
+    table["precursor"] = known & (day == start - 1)
+    table["ignore"] = table["malicious"] & table["user"].str.startswith("VIC") & (day > start)
+    odd = rng.random(n) < 0.04
+    table["n_http_job"] += 3.0 * table["malicious"]
+    table["n_device"] += 9.0 * odd
+    table["risk"] = np.where(table["malicious"], "malicious",
+                             np.where(odd, "suspicious", "normal"))
+    table["role"], table["department"], table["ldap_month"] = "Clerk", "", "2010-02"
+    table["enough_history"] = True
+    return table
+
+
+@pytest.fixture(scope="module")
+def people():
+    return accounts()
+
+
+@pytest.fixture(scope="module")
+def assignment(people):
+    return splits.assign(people, seed=3)
+
+
+@pytest.fixture(scope="module")
+def table(people, assignment):
+    return days_of(people).merge(assignment, on="user", validate="many_to_one")
+
+
+# ---------------------------------------------------------------------------------------------
+# Assignment
+
+
+def test_every_account_has_one_split_and_one_part(people, assignment):
+    assert sorted(assignment["user"]) == sorted(set(people["user"]))
+    assert set(assignment["split"]) == {"train", "dev", "test"}
+    pairs = set(assignment[["split", "part"]].itertuples(index=False, name=None))
+    assert pairs == {("train", "cold"), ("train", "rl"), ("dev", "dev"), ("test", "test")}
+
+
+def part_of_incidents(people, assignment):
+    joined = people[people["incident"].notna()].merge(assignment, on="user")
+    return joined.groupby("incident")["part"].nunique()
+
+
+def test_an_insider_and_the_abused_account_stay_together(people, assignment):
+    assert (part_of_incidents(people, assignment) == 1).all()
+    # The twin deals accounts one by one.
+    rng = np.random.default_rng(0)
+    twin = assignment.assign(part=rng.permutation(assignment["part"]))
+    assert not (part_of_incidents(people, twin) == 1).all()
+
+
+def test_accounts_joined_through_two_incidents_stay_together():
+    users = pd.DataFrame({
+        "user": ["A", "V", "V", "B", "W", "B", *[f"X{i}" for i in range(20)]],
+        "incident": ["A", "A", "B", "B", "C", "C", *[None] * 20],
+        "scenario": [1, 1, 3, 3, 3, 3, *[0] * 20],
+    })
+    for seed in range(8):
+        parts = splits.assign(users, seed=seed).set_index("user")["part"]
+        assert parts[["A", "V", "B", "W"]].nunique() == 1
+
+
+def test_each_scenario_is_dealt_by_the_stated_shares(people):
+    counts = []
+    for seed in range(5):
+        joined = people[people["user"].str.startswith("INS")].merge(
+            splits.assign(people, seed=seed), on="user")
+        counts.append(joined.groupby(["scenario", "part"]).size())
+    for got in counts:
+        for scenario in (1, 2, 3):
+            assert got[scenario].to_dict() == {"cold": 2, "rl": 3, "dev": 1, "test": 2}
+    benign = people[people["incident"].isna()].merge(splits.assign(people, seed=0), on="user")
+    assert benign["part"].value_counts().to_dict() == {"cold": 25, "rl": 35, "dev": 15, "test": 25}
+
+
+def test_the_seed_decides_and_the_order_of_rows_does_not(people, assignment):
+    shuffled = people.sample(frac=1, random_state=1)
+    pd.testing.assert_frame_equal(splits.assign(shuffled, seed=3), assignment)
+    assert not splits.assign(people, seed=4).equals(assignment)
+
+
+@pytest.mark.parametrize("shares", [
+    (("cold", 0.5), ("test", 0.4)), (("cold", 0.5), ("cold", 0.5)),
+    (("cold", 1.2), ("test", -0.2)),
+])
+def test_shares_that_are_no_shares_are_refused(people, shares):
+    with pytest.raises(UserError, match="shares"):
+        splits.assign(people, seed=0, shares=shares)
+    with pytest.raises(UserError, match="empty"):
+        splits.assign(people.head(0), seed=0)
+
+
+def test_few_incidents_of_a_scenario_are_called_descriptive(table, assignment):
+    counted = splits.scenario_table(table, assignment).set_index(["split", "scenario"])
+    assert counted.loc[("train", 2), "incidents"] == 5 and not counted.loc[
+        ("train", 2), "descriptive"]
+    assert counted.loc[("dev", 3), "incidents"] == 1 and counted.loc[("dev", 3), "descriptive"]
+    assert counted.loc[("dev", 3), "accounts"] == 2  # the insider and the victim
+    assert counted["malicious_days"].sum() == table["malicious"].sum()
+
+
+# ---------------------------------------------------------------------------------------------
+# By time
+
+
+def test_the_time_split_puts_every_day_before_the_cut_in_training_or_dev(table):
+    split = splits.by_time(table, cut="2010-03-31")
+    days = pd.to_datetime(table["day"])
+    assert ((split["split"] == "test") == (days >= "2010-03-31").to_numpy()).all()
+    assert ((split["split"] == "dev") == days.between("2010-03-25", "2010-03-30").to_numpy()).all()
+    assert (split["window_id"].to_numpy() == table["window_id"].to_numpy()).all()
+
+
+def test_incidents_on_both_sides_of_the_cut_are_marked(table):
+    cut = pd.Timestamp("2010-03-26")
+    split = splits.by_time(table, cut=str(cut.date()), dev_share=0)
+    marked = table[table["malicious"]]
+    late = pd.to_datetime(marked["day"]) >= cut
+    both = set(marked.loc[late, "incident"]) & set(marked.loc[~late, "incident"])
+    assert 0 < len(both) < marked["incident"].nunique()
+    assert (split["straddles"].to_numpy() == table["incident"].isin(both).to_numpy()).all()
+
+
+def test_the_default_cut_is_new_year_2011_on_the_calendar_of_r42():
+    days = pd.date_range("2010-01-02", "2011-05-17").date
+    frame = pd.DataFrame({"window_id": days.astype(str), "day": days, "malicious": False,
+                          "incident": None})
+    split = splits.by_time(frame)
+    assert split.loc[split["split"] == "test", "window_id"].min() == "2011-01-01"
+
+
+@pytest.mark.parametrize("cut", ["2010-03-01", "2011-01-01", "soon"])
+def test_a_cut_outside_the_days_is_refused(table, cut):
+    with pytest.raises(UserError, match="cut"):
+        splits.by_time(table, cut=cut)
+
+
+# ---------------------------------------------------------------------------------------------
+# Training samples
+
+
+def test_a_balanced_sample_has_equal_classes_and_repeats_only_what_is_rare(table):
+    sample = splits.balanced(table, n=600, seed=0, parts=("rl",))
+    assert sample["risk"].value_counts().to_dict() == {
+        "normal": 200, "suspicious": 200, "malicious": 200}
+    assert set(sample["part"]) == {"rl"}
+    assert not (sample["precursor"] | sample["ignore"]).any()
+    times = sample.groupby(["risk", "window_id"]).size()
+    pool = table[(table["part"] == "rl") & ~table["precursor"] & ~table["ignore"]]
+    for risk in ("normal", "suspicious", "malicious"):
+        available = (pool["risk"] == risk).sum()
+        assert len(times[risk]) == min(available, 200)
+        assert times[risk].max() - times[risk].min() <= 1
+    assert (times["malicious"] > 1).any() and (times["normal"] == 1).all()
+    assert sample.groupby("window_id")["repeat"].apply(lambda r: sorted(r) == list(range(len(r)))
+                                                       ).all()
+
+
+def test_malicious_days_are_taken_incident_by_incident(table):
+    sample = splits.balanced(table, n=27, seed=0, parts=("rl",))
+    incidents = sample.loc[sample["malicious"], "incident"]
+    assert len(incidents) == 9 and incidents.nunique() == 9  # nine incidents in the part
+
+
+def test_the_sample_follows_the_seed_and_not_the_order_of_rows(table):
+    first = splits.balanced(table, n=90, seed=1, parts=("cold",))
+    again = splits.balanced(table.sample(frac=1, random_state=5), n=90, seed=1, parts=("cold",))
+    assert first["window_id"].tolist() == again["window_id"].tolist()
+    other = splits.balanced(table, n=90, seed=2, parts=("cold",))
+    assert first["window_id"].tolist() != other["window_id"].tolist()
+    assert first["risk"].tolist() != sorted(first["risk"])
+
+
+def test_a_balanced_sample_that_cannot_be_drawn_is_refused(table):
+    with pytest.raises(UserError, match="no malicious day"):
+        splits.balanced(table[~table["malicious"]], n=9, seed=0, parts=("rl",))
+    with pytest.raises(UserError, match="'part'"):
+        splits.balanced(table.drop(columns="part"), n=9, seed=0, parts=("rl",))
+    with pytest.raises(UserError, match="n=2"):
+        splits.balanced(table, n=2, seed=0, parts=("rl",))
+
+
+# ---------------------------------------------------------------------------------------------
+# The evaluation sample
+
+
+def hardness(table):
+    return (table["n_http_job"] + 0.2 * table["n_device"]).to_numpy()
+
+
+def sampled(table, **changes):
+    settings = {"split": "test", "headline_per_class": 20, "n_benign": 150, "seed": 0} | changes
+    return splits.evaluation_sample(table, hardness(table), **settings)
+
+
+def test_the_evaluation_sample_holds_every_malicious_day_and_the_hardest_benign_ones(table):
+    sample = sampled(table).set_index("window_id")
+    test = table[table["split"] == "test"].set_index("window_id")
+    left_out = test["precursor"] | test["ignore"]
+    positive = test.index[test["malicious"] & ~left_out]
+    assert (sample.loc[positive, "stratum"] == 0).all()
+    assert (sample.loc[test.index[left_out], "weight_natural"] == 0).all()
+    benign = test[~test["malicious"] & ~left_out].assign(score=hardness)
+    hardest = benign.nlargest(50, "score").index
+    assert (sample.loc[hardest, "weight_natural"] == 1).all()
+    assert (sample.loc[hardest, "stratum"] == 1).all()
+    assert ((sample["stratum"] > 0) & (sample["weight_natural"] > 0)).sum() == 150
+    assert set(sample.index) <= set(test.index)
+
+
+def test_the_weights_restore_the_count_of_benign_days_and_the_base_rate(table):
+    test = table[(table["split"] == "test") & ~table["precursor"] & ~table["ignore"]]
+    benign = (~test["malicious"]).sum()
+    for rate in (0.0029, 0.05):
+        sample = sampled(table, base_rate=rate)
+        weight = sample.groupby(sample["stratum"] == 0)["weight_natural"].sum()
+        assert weight[False] == pytest.approx(benign)
+        assert weight[True] / weight.sum() == pytest.approx(rate)
+    natural = sampled(table, base_rate=None)
+    assert (natural.loc[natural["stratum"] == 0, "weight_natural"] == 1).all()
+
+
+def test_the_headline_is_balanced_and_free_of_days_nobody_can_judge(table):
+    sample = sampled(table).merge(table[["window_id", "risk", "precursor", "ignore"]])
+    head = sample[sample["headline"]]
+    assert head["risk"].value_counts().to_dict() == {
+        "normal": 20, "suspicious": 20, "malicious": 20}
+    assert not (head["precursor"] | head["ignore"]).any()
+    few = sampled(table, headline_per_class=10_000).merge(table[["window_id", "risk"]])
+    assert few.loc[few["headline"], "risk"].value_counts()["malicious"] < 10_000
+
+
+def test_a_small_split_is_taken_whole_with_weight_one(table):
+    sample = sampled(table, n_benign=10**6)
+    assert (sample.loc[sample["stratum"] == 1, "weight_natural"] == 1).all()
+    assert sample["stratum"].max() == 1
+
+
+def test_the_weighted_average_precision_agrees_with_the_full_one(table):
+    """A detector that is not the sampling score: full data against samples of a quarter."""
+    rng = np.random.default_rng(5)
+    scored = table.assign(score=hardness(table) + rng.gumbel(0, 1.0, len(table)))
+
+    def drawn(seed, n_benign):
+        sample = sampled(table, seed=seed, n_benign=n_benign, base_rate=0.02)
+        joined = scored.merge(sample[sample["weight_natural"] > 0], on="window_id")
+        return joined[["malicious", "score", "weight_natural", "stratum"]].to_numpy(float)
+
+    def precision(rows):
+        return average_precision_score(rows[:, 0], rows[:, 1], sample_weight=rows[:, 2])
+
+    full = precision(drawn(0, 10**6))
+    inside, estimates = 0, []
+    for seed in range(8):
+        rows = drawn(seed, 300)
+        estimates.append(precision(rows))
+        strata = [np.flatnonzero(rows[:, 3] == number) for number in np.unique(rows[:, 3])]
+        again = [precision(rows[np.concatenate([
+            rng.choice(members, len(members)) if rows[members[0], 3] > 1 else members
+            for members in strata])]) for _ in range(40)]
+        low, high = np.quantile(again, [0.025, 0.975])
+        inside += low <= full <= high
+    assert inside >= 6
+    assert abs(np.mean(estimates) - full) < 0.01
+    # The twin forgets the weights: hard days stand for all days and precision is off.
+    assert abs(average_precision_score(rows[:, 0], rows[:, 1]) - full) > 0.04
+
+
+def test_scores_may_come_by_window_id_and_must_be_there_and_finite(table):
+    score = pd.Series(hardness(table), index=table["window_id"].to_numpy())
+    by_id = splits.evaluation_sample(table, score.sample(frac=1, random_state=0), split="test",
+                                     headline_per_class=20, n_benign=150, seed=0)
+    pd.testing.assert_frame_equal(by_id, sampled(table))
+    with pytest.raises(UserError, match="no score"):
+        splits.evaluation_sample(table, score.iloc[5:], split="test", headline_per_class=1,
+                                 n_benign=9, seed=0)
+    with pytest.raises(UserError, match="finite"):
+        splits.evaluation_sample(table, np.full(len(table), np.nan), split="test",
+                                 headline_per_class=1, n_benign=9, seed=0)
+
+
+@pytest.mark.parametrize(("changes", "named"), [
+    ({"split": "holdout"}, "holdout"), ({"n_benign": 0}, "n_benign"),
+    ({"base_rate": 1.0}, "base_rate"), ({"headline_per_class": -1}, "headline_per_class"),
+])
+def test_an_impossible_evaluation_sample_is_refused(table, changes, named):
+    with pytest.raises(UserError, match=named):
+        sampled(table, **changes)
+
+
+# ---------------------------------------------------------------------------------------------
+# Audits: clean data passes, each planted leak is found
+
+
+def checks(*arguments, **options):
+    return splits.audit(*arguments, **options).set_index("check")
+
+
+@pytest.fixture(scope="module")
+def simulated(windows_table, store, tmp_path_factory):
+    users = windows.users_table(windows_table)
+    assignment = splits.assign(users, seed=0)
+    return windows_table, assignment, store
+
+
+def test_clean_windows_pass_every_audit(table, assignment):
+    result = checks(table, assignment)
+    clean = result.drop("account name says nothing")  # INS and VIC do tell
+    assert clean["passed"].all(), clean[~clean["passed"]]
+    assert "true labels give 0.9" in result.loc["permuted labels at chance", "detail"]
+
+
+def test_simulated_windows_pass_the_audits_that_read_the_store(simulated, windows_folder):
+    table, assignment, store = simulated
+    result = checks(table, assignment, store=store,
+                    manifest=windows.read_manifest(windows_folder))
+    names = ["account in one split only", "incident in one split only",
+             "no LDAP month of the day or later", "nothing later in a baseline",
+             "labels equal the answer key", "event id says nothing"]
+    assert result.loc[names, "passed"].all(), result
+    # The fixture fits the deviation levels on everybody: that must show.
+    assert not result.loc["deviation levels from training accounts", "passed"]
+
+
+def test_an_account_in_two_splits_is_found(table, assignment):
+    twin = pd.concat([assignment, assignment.head(1).assign(split="test", part="test"),
+                      assignment.head(1).assign(split="train", part="rl")])
+    assert not checks(table, twin).loc["account in one split only", "passed"]
+
+
+def test_an_account_without_split_is_found(table, assignment):
+    assert checks(table, assignment.iloc[3:]).loc["every window assigned", "got"] > 0
+
+
+def test_an_incident_cut_in_two_is_found(table, assignment):
+    twin = assignment.copy()
+    victim = twin["user"].str.startswith("VIC")
+    insiders = twin["user"].isin(twin.loc[victim, "user"].str.replace("VIC", "INS"))
+    twin.loc[victim, ["split", "part"]] = ["test", "test"]
+    twin.loc[insiders, ["split", "part"]] = ["train", "rl"]
+    result = checks(table, twin)
+    assert result.loc["incident in one split only", "got"] == 8
+    assert not result.loc["incident in one split only", "passed"]
+
+
+def test_an_ldap_month_of_the_day_itself_is_found(table, assignment):
+    late = table["day"].astype(str) >= "2010-04-05"
+    twin = table.assign(ldap_month=np.where(late, "2010-04", table["ldap_month"]))
+    assert checks(twin, assignment).loc["no LDAP month of the day or later", "got"] == late.sum()
+
+
+@pytest.mark.parametrize("leak", ["today in the past", "the whole period", "role of tomorrow"])
+def test_a_baseline_that_knows_later_events_is_found(simulated, leak):
+    table, _, store = simulated
+    twin = table.copy()
+    if leak == "today in the past":
+        twin["past_email"] += 0.01 * (twin["n_email"] - twin["past_email"])
+    elif leak == "the whole period":
+        twin["past_http"] = twin.groupby("user")["n_http"].transform("mean")
+    else:
+        twin["role"] = twin["role"] + " (leaves)"
+    row = splits._rebuilt_days(twin, store, {}, 0)
+    assert not row["passed"]
+    assert splits._rebuilt_days(table, store, {}, 0)["passed"]
+
+
+def test_labels_that_miss_days_of_the_key_are_found(simulated):
+    table, _, store = simulated
+    shifted = table.assign(malicious=table.groupby("user")["malicious"].shift(5, fill_value=False))
+    assert not splits._key_days(shifted, store)["passed"]
+    assert splits._key_days(table, store)["got"] == 0
+
+
+def nearest(train, labels, held_out):
+    return KNeighborsClassifier(1).fit(train, labels).predict_proba(held_out)[:, 1]
+
+
+def test_a_detector_that_sees_held_out_days_in_training_fails_the_permutation(table, assignment):
+    held_out = assignment[assignment["split"] == "test"]
+    twin = pd.concat([assignment, held_out.assign(split="train", part="rl")])
+    clean = checks(table, assignment, detector=nearest).loc["permuted labels at chance"]
+    leaky = checks(table, twin, detector=nearest).loc["permuted labels at chance"]
+    assert clean["passed"] and not leaky["passed"] and leaky["got"] > 0.7
+
+
+def test_account_names_that_tell_the_insiders_are_found(table, assignment):
+    # These made-up names do: INS and VIC are malicious. Neutral names pass.
+    users = sorted(set(table["user"]))
+    order = np.random.default_rng(0).permutation(len(users))
+    names = {user: f"ACC{order[i]:04d}" for i, user in enumerate(users)}
+    neutral = table.assign(user=table["user"].map(names))
+    assert not splits._account_names(table, 0)["passed"]
+    assert splits._account_names(neutral, 0)["passed"]
+
+
+def test_a_telling_weekday_is_found(table):
+    assert splits._weekdays(table)["passed"]
+    assert not splits._weekdays(table.assign(weekday=np.where(table["malicious"], 5, 1)))["passed"]
+
+
+def test_training_days_copied_into_the_test_accounts_are_counted(table, assignment):
+    twin = table.copy()
+    numbers = [name for name in NUMBERS if name in twin]
+    source = np.flatnonzero(twin["split"] == "train")[:300]
+    target = np.flatnonzero(twin["split"] == "test")[:300]
+    twin.loc[target, numbers] = twin.loc[source, numbers].to_numpy()
+    row = checks(twin, assignment).loc["near-duplicates across splits"]
+    assert not row["passed"] and row["detail"].startswith("300 of")
+    assert checks(table, assignment).loc["near-duplicates across splits", "got"] == 0
+
+
+def test_levels_fitted_on_a_held_out_account_are_found(table, assignment):
+    training = assignment.loc[assignment["split"] == "train", "user"].tolist()
+    manifest = {"fit": {"users": training}, "settings": {}}
+    name = "deviation levels from training accounts"
+    assert checks(table, assignment, manifest=manifest).loc[name, "passed"]
+    held_out = assignment.loc[assignment["split"] == "dev", "user"].iloc[0]
+    manifest = {"fit": {"users": [*training, held_out]}, "settings": {}}
+    assert checks(table, assignment, manifest=manifest).loc[name, "got"] == 1
+
+
+def test_telling_event_ids_are_found():
+    rng = np.random.default_rng(0)
+    ids = [f"{{{''.join(rng.choice(list('ABC123'), 8))}}}" for _ in range(600)]
+    labels = np.arange(600) < 200
+    marked = [("{Z" + name[2:]) if flag else name for name, flag in zip(ids, labels, strict=True)]
+    for names, passed in ((ids, True), (marked, False)):
+        row = splits._guess("event id", splits._characters(names), labels,
+                            np.random.default_rng(1), "events")
+        assert row["passed"] is passed
