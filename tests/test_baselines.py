@@ -79,9 +79,11 @@ def fitted(parts):
 RULE_DAYS = {
     "leak_site": {"n_http_leak": 1},
     "hacking_tool": {"n_http_hack": 2},
-    "night_drive_without_habit": {"n_device_after_hours": 1, "past_after_hours_days": 0},
+    "night_drive_without_habit": {"n_device_after_hours": 1, "past_after_hours_days": 3},
     "drive_on_new_pc": {"n_device": 1, "n_new_pcs": 1, "past_device_days": 9},
     "drive_while_job_hunting": {"n_device": 1, "week_job": 3, "past_device_days": 9},
+    "job_hunting_with_competitor": {"week_job": 9, "n_email_competitor": 1,
+                                    "past_competitor_days": 5},
     "bulk_copy": {"n_file": 12, "past_files": 4},
     "executable_copy": {"n_file_exe": 1},
     "mass_mail": {"max_recipients": 10},
@@ -103,7 +105,7 @@ def test_habits_excuse_and_an_unknown_past_proves_nothing():
     excused = pd.DataFrame([
         quiet_day(n_device=1, past_device_days=5),
         quiet_day(n_device=1, past_days=3),  # nobody knows this account yet
-        quiet_day(n_after_hours_logon=1, past_after_hours_days=2),
+        quiet_day(n_after_hours_logon=1, past_after_hours_days=4),  # 4 of 30 days: a habit
         quiet_day(n_file=12, past_files=5),
         quiet_day(n_file=12, past_files=np.nan, past_days=0),
     ])

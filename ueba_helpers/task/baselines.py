@@ -45,6 +45,7 @@ PREDICTION_COLUMNS = ("detector", "seed", "window_id", "user", "day", "split", "
 NORMAL, SUSPICIOUS, MALICIOUS = RISKS
 _MOST_CANDIDATES = 256
 _KNOWN_AFTER_DAYS = 10  # an account's habits are unknown before that many active days
+_RARE_SHARE = 0.1  # a habit shown on more of the past days than this excuses a deviation
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,10 @@ class Rule:
     fires: Callable[[pd.DataFrame], pd.Series]
 
 
-def _never(windows: pd.DataFrame, habit: str) -> pd.Series:
-    """Return where the account has a past to speak of, and the habit not once in it."""
-    return (windows["past_days"] >= _KNOWN_AFTER_DAYS) & (windows[habit] == 0)
+def _unusual(windows: pd.DataFrame, habit: str) -> pd.Series:
+    """Return where the account has a past to speak of, and the habit on few of its days."""
+    return ((windows["past_days"] >= _KNOWN_AFTER_DAYS)
+            & (windows[habit] <= _RARE_SHARE * windows["past_days"]))
 
 
 RULES = (
@@ -68,24 +70,27 @@ RULES = (
          lambda w: w.n_http_hack > 0),
     Rule("night_drive_without_habit", 4,
          "removable media outside hours, on a known account with neither habit",
-         lambda w: (w.n_device_after_hours > 0) & _never(w, "past_device_days")
-         & _never(w, "past_after_hours_days")),
+         lambda w: (w.n_device_after_hours > 0) & _unusual(w, "past_device_days")
+         & _unusual(w, "past_after_hours_days")),
     Rule("drive_on_new_pc", 3, "removable media on a day with a new PC",
          lambda w: (w.n_device > 0) & (w.n_new_pcs > 0)),
     Rule("drive_while_job_hunting", 2, "removable media, and job pages within the week",
          lambda w: (w.n_device > 0) & (w.n_http_job + w.week_job > 0)),
+    Rule("job_hunting_with_competitor", 2, "job pages, and mail to a competitor, within the week",
+         lambda w: (w.n_http_job + w.week_job > 0)
+         & (w.n_email_competitor + w.week_competitor > 0)),
     Rule("bulk_copy", 2, "at least 10 files copied, and three times the usual day",
          lambda w: (w.n_file >= 10) & (w.n_file >= 3 * w.past_files.fillna(0))),
     Rule("executable_copy", 2, "an executable copied to removable media",
          lambda w: w.n_file_exe > 0),
-    Rule("mass_mail", 2, "one mail to at least 10 recipients", lambda w: w.max_recipients >= 10),
+    Rule("mass_mail", 1, "one mail to at least 10 recipients", lambda w: w.max_recipients >= 10),
     Rule("new_competitor_mail", 1, "mail to a competitor, by a known account without the habit",
-         lambda w: (w.n_email_competitor > 0) & _never(w, "past_competitor_days")),
+         lambda w: (w.n_email_competitor > 0) & _unusual(w, "past_competitor_days")),
     Rule("first_drive", 1, "removable media, on a known account without the habit",
-         lambda w: (w.n_device > 0) & _never(w, "past_device_days")),
+         lambda w: (w.n_device > 0) & _unusual(w, "past_device_days")),
     Rule("night_logon_without_habit", 1,
          "a logon outside hours, on a known account without the habit",
-         lambda w: (w.n_after_hours_logon > 0) & _never(w, "past_after_hours_days")),
+         lambda w: (w.n_after_hours_logon > 0) & _unusual(w, "past_after_hours_days")),
 )
 
 
