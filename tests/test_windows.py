@@ -373,6 +373,26 @@ def test_days_of_an_incident_that_the_key_leaves_out_are_precursors(world):
     assert not (table["precursor"] & table["malicious"]).any()
 
 
+def test_an_insider_acting_only_through_another_account_counts_in_the_insider_view(tmp_path):
+    release = Release()
+    for user in ("AAA0001", "VVV0004"):
+        for day in range(3):
+            release.logon(user, at(day, 8))
+    release.label("AAA0001", 3, release.web("AAA0001", at(1, 9), HACK))
+    release.label("AAA0001", 3, release.logon("VVV0004", at(2, 9)))
+    release.write(tmp_path / "release")
+    cert.ingest(tmp_path / "release", tmp_path / "store", threads=1)
+    table = windows.read(windows.build(tmp_path / "store", tmp_path / "windows", threads=1))
+    assert days_where(table, table["malicious"]) == {("AAA0001", 1), ("VVV0004", 2)}
+    assert days_where(table, table["malicious_insider"]) == {("AAA0001", 1), ("AAA0001", 2)}
+    assert days_where(table, table["precursor"]) == {("AAA0001", 2)}
+    counts = windows.read_manifest(tmp_path / "windows")["counts"]
+    assert counts["key_insider_days"] == counts["malicious_insider"] == 2
+    account, insider = (windows.ranking_truth(table, view=view) for view in ("account", "insider"))
+    assert days_where(table, account["ignore"].to_numpy()) == {("AAA0001", 2)}
+    assert days_where(table, insider["ignore"].to_numpy()) == {("VVV0004", 2)}
+
+
 def test_the_two_views_ignore_what_they_cannot_judge(world):
     table = world["table"]
     account = windows.ranking_truth(table)

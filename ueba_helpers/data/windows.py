@@ -20,9 +20,13 @@ over events, and memory is bounded by one bucket. The stated rules, all past-onl
                   where a deviation was found, normal where none was.
 
 Labels join on (log, id) and calendar days, never on day numbers. Two views of the key: `malicious`
-counts the row's own account, `malicious_insider` the insider. `precursor` marks days of an incident
-that the key leaves out although the scenario's behaviour shows; `ignore` marks days whose labelled
-rows are mail only and written by somebody else than the insider (innocent replies).
+counts the row's own account (986 days on r4.2); `malicious_insider` the insider (966), also where
+that day's labelled rows were all made through another account. `precursor` marks days of an
+incident that the key leaves out: the scenario's behaviour on the insider's own account (scenario
+1: drive after hours from 14 days before the first label; 2: drive or job pages between the labels;
+3: hacking pages from 7 days before, drive or programs between the labels), and the insider's own
+day while acting through another account. `ignore` marks days whose labelled rows are mail only and
+written by somebody else than the insider (innocent replies).
 """
 
 import json
@@ -330,9 +334,7 @@ numbered AS (
     SELECT *, row_number() OVER (PARTITION BY user ORDER BY day) AS active_day FROM daily
 ),
 counted AS (
-    SELECT * REPLACE (n_first_pcs AS n_first_pcs),
-        CASE WHEN active_day = 1 THEN 0 ELSE n_first_pcs END AS n_new_pcs
-    FROM numbered
+    SELECT *, CASE WHEN active_day = 1 THEN 0 ELSE n_first_pcs END AS n_new_pcs FROM numbered
 )
 SELECT user || '_' || strftime(day, '%Y-%m-%d') AS window_id, user, day,
     (isodow(day) - 1)::TINYINT AS weekday,
@@ -419,13 +421,14 @@ def _window_sql(daily: str, min_history: int) -> str:
     SELECT d.window_id, d.user, d.day, d.weekday, d.role, d.department, d.ldap_month,
         d.past_days >= {int(min_history)} AS enough_history, {columns},
         key.user IS NOT NULL AS malicious,
-        coalesce(key.by_insider, false) AS malicious_insider,
-        coalesce(key.scenario, span.scenario, 0)::TINYINT AS scenario,
-        coalesce(key.insider, span.insider) AS incident,
-        key.user IS NULL AND span.insider IS NOT NULL AS precursor,
+        own.insider IS NOT NULL AS malicious_insider,
+        coalesce(key.scenario, own.scenario, span.scenario, 0)::TINYINT AS scenario,
+        coalesce(key.insider, own.insider, span.insider) AS incident,
+        key.user IS NULL AND (own.insider IS NOT NULL OR span.insider IS NOT NULL) AS precursor,
         coalesce(key.mail_only AND NOT key.by_insider, false) AS ignore
     FROM placed AS d
     LEFT JOIN key_days AS key ON d.user = key.user AND d.day = key.day
+    LEFT JOIN insider_days AS own ON d.user = own.insider AND d.day = own.day
     LEFT JOIN (
         SELECT d.window_id, min(s.scenario) AS scenario, min(s.insider) AS insider
         FROM d JOIN key_spans AS s ON d.user = s.insider AND d.day <= s.last_day AND CASE s.scenario
@@ -439,10 +442,10 @@ def _window_sql(daily: str, min_history: int) -> str:
 
 
 def _load_side_tables(connection) -> None:
-    """Make `ldap_months`, `ldap_first`, `key_rows`, `key_days` and `key_spans` in memory."""
+    """Make the small tables of LDAP months and of the answer key in memory."""
     connection.execute(
-        "CREATE TEMP TABLE ldap_months AS SELECT month, user, any_value(role) AS role, "
-        "any_value(department) AS department FROM ldap GROUP BY month, user"
+        "CREATE TEMP TABLE ldap_months AS SELECT month, user, min(role) AS role, "
+        "min(department) AS department FROM ldap GROUP BY month, user"
     )
     connection.execute(
         "CREATE TEMP TABLE ldap_first AS SELECT user, arg_min(role, month) AS role, "
@@ -457,6 +460,10 @@ def _load_side_tables(connection) -> None:
         "CREATE TEMP TABLE key_days AS SELECT user, day, min(insider) AS insider, "
         "min(scenario) AS scenario, bool_or(user = insider) AS by_insider, "
         "bool_and(log = 'email') AS mail_only FROM key_rows GROUP BY user, day"
+    )
+    connection.execute(
+        "CREATE TEMP TABLE insider_days AS SELECT insider, day, min(scenario) AS scenario "
+        "FROM key_rows GROUP BY insider, day"
     )
     connection.execute(
         "CREATE TEMP TABLE key_spans AS SELECT insider, min(scenario) AS scenario, "
@@ -784,7 +791,7 @@ def ranking_truth(windows: pd.DataFrame, *, view: str = "account") -> pd.DataFra
         positive = windows["malicious"] & ~windows["ignore"]
     else:
         positive = windows["malicious_insider"]
-    ignore = windows["precursor"] | (windows["malicious"] & ~positive)
+    ignore = (windows["precursor"] | windows["malicious"]) & ~positive
     return pd.DataFrame({"window_id": windows["window_id"], "positive": positive,
                          "ignore": ignore})
 
@@ -964,7 +971,7 @@ def _items_sql(max_items: int) -> str:
     WITH grouped AS (
         SELECT e.window_id, kind, part, place, class, min(date) AS started, max(date) AS ended,
             min(h) AS first_h, max(h) AS last_h,
-            CASE WHEN count(DISTINCT pc) > 1 THEN mode(pc) ELSE min(pc) END AS pc,
+            arg_min(pc, (date, e.id)) AS pc,
             greatest(sum(counted), 1)::INT AS n, sum(counted) = 0 AS unopened,
             count(*) AS rows, bool_and(e.log = 'device' AND counted = 1) AS unclosed,
             max(recipients)::INT AS recipients, sum(attached)::INT AS attached,
