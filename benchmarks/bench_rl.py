@@ -119,6 +119,7 @@ def gather(measurements: list[dict]) -> dict[tuple, dict]:
                                 for one in rounds),
             "parameters": rounds[0]["parameters"] + rounds[0].get("critic_parameters", 0),
             "unique_tokens": rounds[0]["unique_tokens"],
+            "cpu": statistics.median(s for one in rounds for s in one["cpu_seconds"]),
             **{part: statistics.median(one[part] for one in rounds)
                for part in ("generation", "rollout") if all(part in one for one in rounds)}}
         if key[-1] == TRL_112:  # its value model is a second copy of the policy
@@ -139,6 +140,7 @@ def summary(measurements: list[dict], rate: float) -> list[dict]:
         rows.append({
             "model": model, "prompt_tokens": prompt, "group": group, "subject": subject,
             "step_s": cell["step"], "low_s": cell["low"], "high_s": cell["high"],
+            "cpu_s": cell["cpu"],
             "generation_s": cell.get("generation"),
             "scoring_s": None if rollout is None else rollout - cell["generation"],
             "update_s": None if rollout is None else cell["step"] - rollout,
@@ -155,16 +157,18 @@ def table(rows: list[dict]) -> str:
     def number(value, digits=2):
         return "" if value is None else f"{value:.{digits}f}"
 
-    lines = ["| model | prompt | G | trainer | s/step (range) | generation | scoring | update | "
-             "x stock | cost / GRPO | peak MiB | of it in training | share of bound |",
-             "|---" * 13 + "|"]
+    lines = ["| model | prompt | G | trainer | s/step (range) | CPU s | generation | scoring | "
+             "update | x stock | cost / GRPO | peak MiB | of it in training | share of bound |",
+             "|---" * 14 + "|"]
     for row in rows:
         lines.append("| " + " | ".join([
             row["model"], str(row["prompt_tokens"]), str(row["group"]), row["subject"],
             f"{number(row['step_s'])} ({number(row['low_s'])}-{number(row['high_s'])})",
-            number(row["generation_s"]), number(row["scoring_s"]), number(row["update_s"]),
+            number(row["cpu_s"]), number(row["generation_s"]), number(row["scoring_s"]),
+            number(row["update_s"]),
             number(row["times_faster_than_stock"]), number(row["times_the_cost_of_grpo"]),
-            number(row["peak_mib"], 0), number(row["growth_mib"], 0), number(row["share_of_bound"], 3)]) + " |")
+            number(row["peak_mib"], 0), number(row["growth_mib"], 0),
+            number(row["share_of_bound"], 3)]) + " |")
     return "\n".join(lines)
 
 

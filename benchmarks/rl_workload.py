@@ -155,11 +155,13 @@ class StepClock(TrainerCallback):
     """Keep the time between the ends of optimiser steps; the first step is not measured."""
 
     def __init__(self, work: Workload):
-        self.work, self.ends, self.started = work, [], time.perf_counter()
+        self.work, self.ends, self.cpu_ends = work, [], []
+        self.started = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
         wait()
         self.ends.append(time.perf_counter())
+        self.cpu_ends.append(time.process_time())
         measured = len(self.ends) - 1
         late = self.ends[-1] - self.started > self.work.seconds
         if measured >= self.work.steps or (measured >= 1 and late):
@@ -168,6 +170,11 @@ class StepClock(TrainerCallback):
     @property
     def seconds(self) -> list[float]:
         return [b - a for a, b in zip(self.ends, self.ends[1:], strict=False)]
+
+    @property
+    def cpu_seconds(self) -> list[float]:
+        """Processor time of the steps over all threads: hardly moved by other programs."""
+        return [b - a for a, b in zip(self.cpu_ends, self.cpu_ends[1:], strict=False)]
 
 
 def wait() -> None:
@@ -207,6 +214,7 @@ def measure(trainer, work: Workload, parts: dict[str, list[float]]) -> dict:
         trainer.train()
     return {
         "seconds": clock.seconds, "step": statistics.median(clock.seconds),
+        "cpu_seconds": clock.cpu_seconds,
         **{part: statistics.median(values[1:]) for part, values in parts.items() if values[1:]},
         "peak_bytes": peak_bytes(), "peak_bytes_before_training": before,
         "load_before": load,
