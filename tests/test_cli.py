@@ -36,7 +36,7 @@ def toy_study(tmp_path, monkeypatch):
     study = runs.study_folder(profile("smoke"), seed=0, data="", runs=tmp_path / "runs")
 
     def choose(function):
-        stage = Stage(name="07_comparison", call=f"toy_commands:{function}", limit_seconds=60,
+        stage = Stage(name="07_comparison", call=f"toy_commands:{function}", limit_seconds=600,
                       parameters={"study": str(study),
                                   "table": pd.DataFrame([row]).to_csv(index=False)})
         monkeypatch.setattr(pipeline, "study_stages", lambda *_, **__: [stage])

@@ -8,6 +8,7 @@ Heavy libraries are imported by the command that needs them.
 import argparse
 import importlib
 import json
+import os
 import platform
 import shutil
 import signal
@@ -33,6 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         _say(f"ueba {options.name}: {error}", stream=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read the output has gone (ueba study | head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         _say(f"\nueba {options.name}: interrupted. The same command goes on from here.",
              stream=sys.stderr)

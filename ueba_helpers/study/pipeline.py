@@ -132,7 +132,7 @@ def study_stages(chosen: Profile, *, seed: int, data: Path | str, runs: Path | s
     found = data_hash(chosen, seed=seed, data=data)
     stages = [Stage(
         name=DATA_STAGE, call="ueba_helpers.study.stages:prepare_data",
-        parameters={"profile_name": chosen.name, "seed": seed, "data": parameters["DATA"],
+        parameters={"profile": chosen.name, "seed": seed, "data": parameters["DATA"],
                     "runs": parameters["RUNS"]},
         locations=("data", "runs"),
         inputs={"settings": settings, "data": found,
@@ -546,7 +546,7 @@ def _why_not_done(stage: Stage, ended: _Ended, status: Mapping, partial: Path) -
     where = failing_cell(partial) if stage.notebook and partial.exists() else None
     place = f" in {where}" if where else ""
     if ended.out_of_time:
-        return f"stopped at its limit of {clock(ended.seconds)}{place}"
+        return f"stopped at its limit of {clock(stage.limit_seconds)}{place}"
     if "error" in status:
         return f"{status['error']}{place}"
     if ended.returncode < 0:
