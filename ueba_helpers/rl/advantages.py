@@ -88,6 +88,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
     if not rewards.shape == values.shape == mask.shape or rewards.dim() != 2:
         raise ValueError("rewards, values and mask must share one (B, T) shape, got "
                          f"{tuple(rewards.shape)}, {tuple(values.shape)}, {tuple(mask.shape)}")
+    inside = mask.bool()
     mask = mask.to(rewards.dtype)
     rewards, values = rewards * mask, values * mask
     advantages = torch.zeros_like(rewards)
@@ -95,9 +96,11 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
     following_advantage = torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.size(1))):
         delta = rewards[:, t] + gamma * following_value - values[:, t]
-        following_advantage = (delta + gamma * lam * following_advantage) * mask[:, t]
-        following_value = values[:, t]
-        advantages[:, t] = following_advantage
+        estimate = delta + gamma * lam * following_advantage
+        advantages[:, t] = estimate * mask[:, t]
+        # A masked-out token (padding, or a tool's words between the policy's own) is stepped over.
+        following_advantage = torch.where(inside[:, t], estimate, following_advantage)
+        following_value = torch.where(inside[:, t], values[:, t], following_value)
     return advantages, (advantages + values) * mask
 
 
@@ -108,7 +111,8 @@ def terminal_rewards(scores: Tensor, mask: Tensor) -> Tensor:
     tensor([[0., 2., 0.],
             [0., 0., 3.]])
     """
-    last = (mask.long().sum(1) - 1).clamp(min=0)
+    positions = torch.arange(mask.size(1), device=mask.device)
+    last = (positions * mask.long()).max(1).values
     rewards = torch.zeros(mask.shape, dtype=scores.dtype, device=scores.device)
     return rewards.scatter(1, last.unsqueeze(1), scores.unsqueeze(1)) * mask
 

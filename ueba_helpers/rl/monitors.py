@@ -44,6 +44,9 @@ METRICS: dict[str, tuple[str, str]] = {
     "epoch": ("Passes over the training prompts.", "epochs"),
     "learning_rate": ("Learning rate of the policy.", "1"),
     "num_tokens": ("Prompt and completion tokens so far, a prompt once per completion.", "tokens"),
+    "policy_loss": ("Clipped surrogate, token mean over the batch, plus KL where it is placed in "
+                    "the loss; a micro-batch's share, averaged over micro-batches.",
+                    "reward units"),
     "loss": ("Policy loss (clipped surrogate, plus KL where it is placed in the loss), plus the "
              "weighted value loss for PPO.", "reward units"),
     "grad_norm": ("Norm of the policy's gradient before clipping.", "reward units"),
@@ -113,8 +116,8 @@ TIMINGS: dict[str, tuple[str, str]] = {
 }
 
 _SHARED = (
-    "epoch", "learning_rate", "num_tokens", "loss", "grad_norm", "reward", "reward_std",
-    "frac_reward_zero_std", "advantages/absolute_mean", "entropy",
+    "epoch", "learning_rate", "num_tokens", "loss", "policy_loss", "grad_norm", "reward",
+    "reward_std", "frac_reward_zero_std", "advantages/absolute_mean", "entropy",
     "kl_to_reference/per_completion", "kl_to_reference/per_token", "approx_kl", "ratio/max",
     "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "clip_ratio/low_min",
     "clip_ratio/high_max", "completions/mean_length", "completions/min_length",

@@ -103,7 +103,10 @@ def _tiny_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 def load_tokenizer(checkpoint: Path | str) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a checkpoint, padding on the left as generation needs it."""
-    tokenizer = AutoTokenizer.from_pretrained(_existing(checkpoint), padding_side="left")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(_existing(checkpoint), padding_side="left")
+    except OSError as error:
+        raise UserError(_not_found(checkpoint)) from error
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise UserError(f"{checkpoint}: the tokenizer has no padding token of its own; set "
                         "pad_token in its tokenizer_config.json to a token that is not the "
@@ -118,9 +121,12 @@ def load_policy(checkpoint: Path | str, settings: PolicySettings) -> PreTrainedM
     """
     if settings.backend == "unsloth":
         return _load_unsloth(checkpoint, settings)
-    model = AutoModelForCausalLM.from_pretrained(
-        _existing(checkpoint), dtype=getattr(torch, settings.dtype), use_safetensors=True,
-        device_map={"": 0} if torch.cuda.is_available() else None)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            _existing(checkpoint), dtype=getattr(torch, settings.dtype), use_safetensors=True,
+            device_map={"": 0} if torch.cuda.is_available() else None)
+    except OSError as error:
+        raise UserError(_not_found(checkpoint)) from error
     if settings.lora_rank:
         model = get_peft_model(model, lora_config(settings))
     return model
@@ -130,6 +136,11 @@ def lora_config(settings: PolicySettings) -> LoraConfig:
     """Return adapters on all linear layers, alpha twice the rank, without dropout."""
     return LoraConfig(r=settings.lora_rank, lora_alpha=2 * settings.lora_rank,
                       target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
+
+
+def _not_found(checkpoint: Path | str) -> str:
+    return (f"{checkpoint} is neither a folder with a safetensors checkpoint nor a hub model that "
+            "can be loaded from here: check the name, and the network if it is a hub name.")
 
 
 def _existing(checkpoint: Path | str) -> str:

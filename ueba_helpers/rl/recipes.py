@@ -2,9 +2,8 @@
 
 In: a start (checkpoint folder or hub name), rows as `prompts.prompt_dataset` gives them, settings,
 and where to write. Out: an ordinary Transformers checkpoint in `out/policy` (adapters are merged
-after SFT and kept apart in `out/adapter` after RL), and the measured costs. Steps are reported
-through `on_step(step, values)`, so that the caller decides where numbers go. A run that was
-interrupted goes on from its newest whole checkpoint.
+after SFT and kept apart in `out/adapter` after RL), for RL `metrics.jsonl` and `timings.jsonl`, and
+the measured costs. An RL run that was interrupted goes on from its newest whole checkpoint.
 
 Refused: an unknown method, rows without the columns the rewards read, prompts over the limit.
 """
@@ -27,6 +26,7 @@ from ueba_helpers.data.files import atomic_path
 from ueba_helpers.data.seeding import generator
 from ueba_helpers.errors import UserError
 from ueba_helpers.rl.checkpoints import latest_checkpoint
+from ueba_helpers.rl.monitors import HealthMonitor, MetricsWriter, metric_keys
 from ueba_helpers.rl.policies import load_policy, load_tokenizer, tensor_bytes
 from ueba_helpers.rl.rollouts import predict, tokenize_prompts
 from ueba_helpers.rl.settings import (
@@ -93,7 +93,9 @@ def sft(start: Path | str, out: Path | str, rows: Sequence[Mapping], settings: S
         output_dir=str(out / "checkpoints"), num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.batch_size, learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine", warmup_steps=20, weight_decay=0.0, seed=seed,
-        completion_only_loss=True, max_length=None, save_strategy="no", **_quiet(on_step))
+        adam_beta2=0.95,  # a memory of 20 steps: the tiny policy's whole training is 750
+        completion_only_loss=True, max_length=None, save_strategy="no",
+        **_quiet(log_steps=on_step is not None))
     trainer = SFTTrainer(model=model, args=config, train_dataset=data,
                          processing_class=tokenizer,
                          callbacks=[_Steps(on_step, "loss")] if on_step else None)
@@ -126,7 +128,7 @@ def _demonstration_tokens(tokenizer, rows: Sequence[Mapping], max_prompt_tokens:
 def ppo(start: Path | str, out: Path | str, rows: Sequence[Mapping], settings: PPOSettings,
         policy: PolicySettings, **options) -> Trained:
     """Train a policy by PPO against a critic; see `reinforce` for the options."""
-    config = _shared_config(PPOConfig, out, settings, policy, options.get("on_step"))
+    config = _shared_config(out, settings, policy)
     config |= {"critic": settings.critic, "gamma": settings.gamma, "lam": settings.lam,
                "critic_learning_rate": settings.learning_rate
                * settings.critic_learning_rate_ratio,
@@ -140,31 +142,29 @@ def ppo(start: Path | str, out: Path | str, rows: Sequence[Mapping], settings: P
 def grpo(start: Path | str, out: Path | str, rows: Sequence[Mapping], settings: GRPOSettings,
          policy: PolicySettings, **options) -> Trained:
     """Train a policy by GRPO against its group's mean; see `reinforce` for the options."""
-    config = GRPOConfig(**_shared_config(GRPOConfig, out, settings, policy,
-                                         options.get("on_step")))
+    config = GRPOConfig(**_shared_config(out, settings, policy))
     return reinforce(GRPOTrainer, config, start, out, rows, settings, policy, **options)
 
 
 METHODS = {"ppo": ppo, "grpo": grpo}
 
 
-def _quiet(on_step: OnStep | None) -> dict:
+def _quiet(*, log_steps: bool) -> dict:
     return {"disable_tqdm": True, "report_to": "none", "logging_steps": 1,
-            "logging_strategy": "steps" if on_step else "no", "bf16": False,
+            "logging_strategy": "steps" if log_steps else "no", "bf16": False,
             "gradient_checkpointing": False, "dataloader_pin_memory": False}
 
 
-def _shared_config(config_class, out, settings: RLSettings, policy: PolicySettings,
-                   on_step: OnStep | None) -> dict:
+def _shared_config(out: Path | str, settings: RLSettings, policy: PolicySettings) -> dict:
     """Return the controlled variables in TRL's words: the same for PPO and GRPO."""
     rows = settings.micro_batch_prompts * settings.num_generations
-    return _quiet(on_step) | {
+    return _quiet(log_steps=True) | {
         "output_dir": str(Path(out) / "checkpoints"), "max_steps": settings.steps,
         "per_device_train_batch_size": rows,
         "gradient_accumulation_steps": settings.prompts_per_step // settings.micro_batch_prompts,
         "num_generations": settings.num_generations, "num_iterations": settings.num_iterations,
         "max_completion_length": policy.max_completion_tokens,
-        "learning_rate": settings.learning_rate, "lr_scheduler_type": "constant",
+        "learning_rate": settings.learning_rate, "lr_scheduler_type": settings.lr_schedule,
         "temperature": settings.temperature, "epsilon": settings.clip_low,
         "epsilon_high": settings.clip_high, "kl_coef": settings.kl_coef,
         "kl_placement": settings.kl_placement, "scale_rewards": settings.scale_rewards,
@@ -178,14 +178,16 @@ def _shared_config(config_class, out, settings: RLSettings, policy: PolicySettin
 
 def reinforce(trainer_class: type[PolicyGradientTrainer], config, start: Path | str,
               out: Path | str, rows: Sequence[Mapping], settings: RLSettings,
-              policy: PolicySettings, *, on_step: OnStep | None = None,
-              held_out: Sequence[Mapping] = (), evaluate_every: int = 20,
-              on_held_out: OnStep | None = None,
+              policy: PolicySettings, *, held_out: Sequence[Mapping] = (),
+              evaluate_every: int = 20, on_held_out: OnStep | None = None,
+              stop_on: Sequence[str] = (),
               callbacks: Sequence[TrainerCallback] = ()) -> Trained:
     """Train by a policy-gradient trainer; `held_out` rows are judged greedily as it learns.
 
+    Writes `metrics.jsonl` (fixed keys, alarms among them) and `timings.jsonl` into `out`.
     `on_held_out` receives macro-F1, the share of valid verdicts and the three-by-three counts at
-    step 0 and every `evaluate_every` steps: a reward that rises while these do not is a hack.
+    step 0 and every `evaluate_every` steps: a reward that rises while these do not is a hack, and
+    rings an alarm. Alarms named in `stop_on` end the training.
     """
     out = Path(out)
     _check_columns(rows)
@@ -202,11 +204,16 @@ def reinforce(trainer_class: type[PolicyGradientTrainer], config, start: Path | 
     trainer.remove_callback(PrinterCallback)
     counter = _Costs(trainer)
     trainer.add_callback(counter)
-    if on_step:
-        trainer.add_callback(_Steps(on_step, "reward"))
-    if held_out and on_held_out:
+    metrics = out / "metrics.jsonl"
+    monitor = HealthMonitor(stop_on=stop_on, metrics_path=metrics)
+    trainer.add_callback(monitor)
+    trainer.add_callback(MetricsWriter(
+        metrics, out / "timings.jsonl", monitor=monitor,
+        keys=metric_keys(trainer._name.lower(), trainer.reward_func_names,
+                         kl_in_loss=bool(trainer.beta))))
+    if held_out:
         trainer.add_callback(_HeldOut(trainer, tokenizer, held_out, policy, evaluate_every,
-                                      on_held_out))
+                                      monitor, on_held_out))
     checkpoint = latest_checkpoint(config.output_dir)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     folder = save_policy(trainer.accelerator.unwrap_model(trainer.model), tokenizer,
@@ -304,9 +311,9 @@ class _Costs(TrainerCallback):
 class _HeldOut(TrainerCallback):
     """Judge held-out windows greedily before training and every few steps."""
 
-    def __init__(self, trainer, tokenizer, rows, policy, every, report):
+    def __init__(self, trainer, tokenizer, rows, policy, every, monitor, report):
         self.trainer, self.tokenizer, self.rows = trainer, tokenizer, rows
-        self.policy, self.every, self.report = policy, every, report
+        self.policy, self.every, self.monitor, self.report = policy, every, monitor, report
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step == 0:
@@ -318,11 +325,12 @@ class _HeldOut(TrainerCallback):
 
     def _judge(self, step: int) -> None:
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        was_training = model.training
         table = predict(model, self.tokenizer, self.rows, detector="", seed=0, split="",
                         max_new_tokens=self.policy.max_completion_tokens)
-        model.train(was_training)
-        self.report(step, held_out_metrics(table["label"], table["risk"]))
+        found = held_out_metrics(table["label"], table["risk"])
+        self.monitor.add_held_out(step, found["macro_f1"])
+        if self.report:
+            self.report(step, found)
 
 
 def held_out_metrics(labels: Sequence[str], said: Sequence[str]) -> dict[str, float]:

@@ -10,6 +10,7 @@ neighbours in the batch nor on how the batch is cut over devices. Top-k, top-p a
 penalties are left out on purpose: training scores the distribution that was sampled.
 """
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ueba_helpers.errors import UserError
 from ueba_helpers.rl.prefix import backbone_of, completion_states, group_prompts, prefill
 from ueba_helpers.rl.prefix import token_log_probs as log_probs_of
-from ueba_helpers.task.verdicts import RISKS, parse_verdict
+from ueba_helpers.task.verdicts import RISKS, Verdict, parse_verdict
 
 
 @dataclass(frozen=True)
@@ -146,12 +147,12 @@ def risk_scores(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
                 batch_size: int = 32) -> np.ndarray:
     """Return P(label) `(N, 3)` over the three whole risk labels, teacher-forced.
 
-    Each text is cut behind the last `"risk": "`; the log-probabilities of the three labels with
-    the closing quote are summed over their tokens and normalised. A text without a risk value
-    gets NaN.
+    Each text is cut behind the last `"risk": "`, whatever its spacing; the log-probabilities of
+    the three labels with the closing quote are summed over their tokens and normalised. A text
+    without a risk value gets NaN.
     """
-    marker = '"risk": "'
-    jobs = [i for i, text in enumerate(texts) if marker in text]
+    stems = [_before_risk(text) for text in texts]
+    jobs = [i for i, stem in enumerate(stems) if stem is not None]
     scores = np.full((len(texts), len(RISKS)), np.nan)
     pad = tokenizer.pad_token_id
     device = next(model.parameters()).device
@@ -160,7 +161,7 @@ def risk_scores(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         chunk = jobs[start:start + batch_size]
         contexts, answers, first = [], [], []
         for i in chunk:
-            stem = texts[i][: texts[i].rindex(marker) + len(marker)]
+            stem = stems[i]
             stem_ids = tokenizer(stem, add_special_tokens=False)["input_ids"]
             for risk in RISKS:
                 whole = tokenizer(stem + risk + '"', add_special_tokens=False)["input_ids"]
@@ -181,6 +182,29 @@ def risk_scores(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     return scores
 
 
+_RISK_VALUE = re.compile(r'"risk"\s*:\s*"')
+
+
+def _before_risk(text: str) -> str | None:
+    found = list(_RISK_VALUE.finditer(text))
+    return text[: found[-1].end()] if found else None
+
+
+def _malicious_score(verdict: Verdict, probabilities: np.ndarray) -> float:
+    if not verdict.valid:
+        return -1.0
+    if np.isnan(probabilities).any():  # a valid object that spells its key with escapes
+        return float(verdict.risk == "malicious")
+    return float(probabilities[RISKS.index("malicious")])
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids that end an answer: the tokenizer's and those of the generation config."""
+    configured = model.generation_config.eos_token_id
+    more = configured if isinstance(configured, list) else [configured]
+    return sorted({tokenizer.eos_token_id, *(token for token in more if token is not None)})
+
+
 def predict(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict], *,
             detector: str, seed: int, split: str, max_new_tokens: int,
             batch_size: int = 64) -> pd.DataFrame:
@@ -190,7 +214,9 @@ def predict(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Se
     after the policy's own evidence; an invalid verdict scores -1, below every valid one.
     `seconds` is the mean time per window.
     """
+    was_training = model.training
     model.eval()
+    ends = end_tokens(model, tokenizer)
     prompts = tokenize_prompts(tokenizer, [row["prompt"] for row in rows])
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
     texts = [""] * len(rows)
@@ -198,14 +224,15 @@ def predict(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Se
     for start in range(0, len(order), batch_size):
         chunk = order[start:start + batch_size]
         done = generate(model, [prompts[i] for i in chunk], max_new_tokens=max_new_tokens,
-                        eos_token_ids=[tokenizer.eos_token_id],
-                        pad_token_id=tokenizer.pad_token_id)
+                        eos_token_ids=ends, pad_token_id=tokenizer.pad_token_id)
         for i, text in zip(chunk, tokenizer.batch_decode(done.ids, skip_special_tokens=True),
                            strict=True):
             texts[i] = text
-    verdicts = [parse_verdict(text, row["evidence_ids"])
+    verdicts = [parse_verdict(text, row["evidence_ids"],
+                              think=row.get("style") == "think")
                 for text, row in zip(texts, rows, strict=True)]
     probabilities = risk_scores(model, tokenizer, prompts, texts)
+    model.train(was_training)
     seconds = (time.perf_counter() - started) / max(1, len(rows))
     return pd.DataFrame({
         "detector": detector, "seed": seed,
@@ -213,7 +240,7 @@ def predict(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Se
         "user": [row["user"] for row in rows], "day": [row["day"] for row in rows],
         "split": split, "label": [row["label"] for row in rows],
         "risk": [v.risk if v.valid else "invalid" for v in verdicts],
-        "score": [float(p[RISKS.index("malicious")]) if v.valid else -1.0
+        "score": [_malicious_score(v, p)
                   for v, p in zip(verdicts, probabilities, strict=True)],
         "features": [list(v.features) if v.valid else [] for v in verdicts],
         "evidence": [list(v.evidence) if v.valid else [] for v in verdicts],

@@ -79,6 +79,7 @@ class RLSettings:
     prompts_per_step: int = 8
     num_generations: int = 8
     learning_rate: float = 1e-4
+    lr_schedule: str = "linear"
     temperature: float = 1.0
     num_iterations: int = 1
     micro_batch_prompts: int = 8
@@ -101,6 +102,8 @@ class RLSettings:
                  self.num_generations, f"{self.smallest_group} and more")
         _require(0 < self.learning_rate < 1, "learning_rate", self.learning_rate,
                  "between 0 and 1")
+        _require(self.lr_schedule in ("constant", "linear", "cosine"), "lr_schedule",
+                 self.lr_schedule, "'constant', 'linear' and 'cosine'")
         _require(self.temperature > 0, "temperature", self.temperature, "above 0")
         _require(self.num_iterations >= 1, "num_iterations", self.num_iterations, "1 and more")
         _require(self.micro_batch_prompts >= 1

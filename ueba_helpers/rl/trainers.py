@@ -469,6 +469,7 @@ class PolicyGradientTrainer(trl.GRPOTrainer):
         if not torch.isfinite(loss):
             raise UserError(f"the policy loss is {loss.item()} at step {self.state.global_step}: "
                             "training stops before the weights are harmed; lower learning_rate.")
+        self._log("policy_loss", self._sum_over_ranks(loss.detach()))
         old = inputs.get("old_per_token_logps")
         new = self._scored["log_probs"]
         mask = _loss_mask(inputs)

@@ -27,6 +27,7 @@ from ueba_helpers.study.config import profile as profile_named
 from ueba_helpers.study.runs import (
     ResourceMonitor,
     RunFolder,
+    code_fingerprint,
     content_hash,
     data_hash,
     study_folder,
@@ -52,7 +53,8 @@ def prepare_data(profile: str, seed: int, data: str, runs: str, *,
     say = progress or (lambda message: None)
     home = study_folder(chosen, seed=seed, data=data, runs=runs) / "data"
     settings = {"windows": asdict(chosen.windows), "evaluation": asdict(chosen.evaluation),
-                "needed": _windows_needed(chosen), "seed": seed}
+                "needed": _windows_needed(chosen), "seed": seed, "max_items": chosen.max_items,
+                "code": code_fingerprint("data", "task/baselines.py")}
     if _read(home / "samples.json").get("settings") == json.loads(json.dumps(settings)):
         return home
     release = Path(data) if data else Path(runs) / "data" / (
@@ -117,7 +119,7 @@ def _samples(home: Path, chosen: Profile, table: pd.DataFrame, train_users: list
         for split, (per_class, benign) in sizes.items()], ignore_index=True)
     write_parquet(home / "judged.parquet", judged)
     wanted = table[table["window_id"].isin({*order["window_id"], *judged["window_id"]})]
-    items = windows.evidence(home / "store", wanted)
+    items = windows.evidence(home / "store", wanted, max_items=chosen.max_items)
     write_parquet(home / "items.parquet", items)
     write_parquet(home / "truth.parquet", windows.truth_table(wanted, items))
     return {"windows": len(table), **{k: len(v) for k, v in training.items()},
@@ -281,19 +283,18 @@ class Study:
         start = self.start_of(method)
         checkpoint = latest_checkpoint(folder.checkpoints)
         step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
-        log = folder.log(resumed_step=step)
         with ResourceMonitor() as monitor:
             if method in recipes.METHODS:
                 held_out = _HeldOutLog(folder.path / "held_out.jsonl", resumed_step=step)
                 trained = recipes.METHODS[method](
                     start, folder.path, self.rows(self.training_windows("rl")), settings,
-                    self.profile.policy, on_step=log.write, held_out=self._watched(),
+                    self.profile.policy, held_out=self._watched(),
                     evaluate_every=max(1, settings.steps // 6), on_held_out=held_out.write)
             else:
                 purpose = "cold" if method == "sft" else "all"
                 trained = recipes.sft(start, folder.path, self.demonstrations(purpose, settings),
                                       settings, self.profile.policy, seed=self.seed,
-                                      on_step=log.write)
+                                      on_step=folder.log().write)
         folder.add_resources({**monitor.result, **trained.costs})
         recipes.drop_checkpoints(folder.path)
         folder.finish(self._predicted(method, folder, "dev"))
