@@ -61,8 +61,8 @@ def _with_answer(readme: str, table, target: Path, commits: set[str]) -> str:
     origin = (f"Study `{target.name}`, simulated data, one seed, test users, 95 % intervals over "
               f"users; code of commit {', '.join(sorted(commits))}; files in "
               f"[{target.as_posix()}]({target.as_posix()}).")
-    block = "\n".join([BEGIN, said, "", *lines, "", f"![macro-F1]({target.as_posix()}/macro_f1.png)",
-                       "", origin, END])
+    figure = f"![macro-F1]({target.as_posix()}/macro_f1.png)"
+    block = "\n".join([BEGIN, said, "", *lines, "", figure, "", origin, END])
     return re.sub(f"{BEGIN}.*{END}", lambda _: block, readme, flags=re.DOTALL)
 
 

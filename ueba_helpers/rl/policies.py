@@ -25,12 +25,16 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from ueba_helpers.data.files import atomic_path
 from ueba_helpers.data.seeding import derived_seed
 from ueba_helpers.errors import UserError
 from ueba_helpers.rl.prefix import backbone_of, completion_states, plain_states
 from ueba_helpers.rl.settings import PolicySettings
+
+# One bar per checkpoint says nothing about a study, and fills notebooks and logs.
+disable_progress_bar()
 
 PAD, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 

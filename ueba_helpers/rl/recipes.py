@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from peft import PeftModel
 from sklearn.metrics import confusion_matrix, f1_score
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
@@ -45,6 +45,8 @@ from ueba_helpers.rl.trainers import (
 )
 from ueba_helpers.task.rewards import REWARD_SETS
 from ueba_helpers.task.verdicts import RISKS
+
+disable_progress_bars()  # of datasets.map, which draws one per notebook cell
 
 OnStep = Callable[[int, Mapping[str, float]], None]
 

@@ -1,0 +1,184 @@
+"""Recipes: demonstrations held back as stated, runs that resume and repeat byte for byte."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny import SETTINGS, TEXTS, checkpoint, policy
+from ueba_helpers.errors import UserError
+from ueba_helpers.rl import recipes
+from ueba_helpers.rl.checkpoints import SEAL_FILE, is_whole, latest_checkpoint
+from ueba_helpers.rl.policies import load_policy
+from ueba_helpers.rl.settings import GRPOSettings, PolicySettings, PPOSettings, SFTSettings
+from ueba_helpers.task.verdicts import render_verdict
+
+POLICY = PolicySettings(vocab_size=512, hidden_size=32, layers=2, max_completion_tokens=16)
+LABELS = ("normal", "suspicious", "malicious")
+BOTH = {"grpo": (recipes.grpo, GRPOSettings), "ppo": (recipes.ppo, PPOSettings)}
+
+
+def rows(count=16):
+    """Return prompt rows with every column that the rewards read."""
+    return [{"prompt": [{"role": "user", "content": TEXTS[0].split()[i % 8]}],
+             "window_id": f"w{i}", "user": f"u{i % 4}", "day": "2010-07-01",
+             "label": LABELS[i % 3], "evidence_ids": ["e1", "e2"], "evidence_truth": ["e1"],
+             "dont_care": [], "feature_truth": ["usual_hours", "own_workstation"],
+             "item_text": {"e1": "e1 08:00 logon pc1", "e2": "e2 09:00 http pc1"},
+             "style": "evidence_first"} for i in range(count)]
+
+
+def train(method, out, *, seed=0, steps=4, **changes):
+    recipe, settings = BOTH[method]
+    changes.setdefault("save_steps", 2)
+    if method == "ppo":
+        changes.setdefault("critic_warmup_steps", 1)
+    return recipe(checkpoint(), out, rows(), settings(
+        steps=steps, prompts_per_step=2, num_generations=4, micro_batch_prompts=2,
+        learning_rate=1e-3, seed=seed, **changes), POLICY, held_out=rows(6), evaluate_every=2)
+
+
+def weights(folder):
+    return torch.cat([p.detach().flatten() for p in load_policy(folder, POLICY).parameters()])
+
+
+def test_labels_are_lowered_and_shuffled_as_often_as_stated():
+    labels = ["malicious"] * 4000 + ["normal"] * 4000
+    said = recipes.demonstrated_labels(labels, SFTSettings(downgrade=0.3, label_noise=0.2), seed=1)
+    lowered = sum(s == "suspicious" for s in said[:4000]) / 4000
+    kept = sum(s == "normal" for s in said[4000:]) / 4000
+    assert lowered == pytest.approx(0.8 * 0.3 + 0.2 / 3, abs=0.03)
+    assert kept == pytest.approx(0.8 + 0.2 / 3, abs=0.03), "normal has no lower level"
+    clean = recipes.demonstrated_labels(labels, SFTSettings(), seed=1)
+    assert clean == labels
+    assert abs(0.0 - 0.8 * 0.3) > 0.03, "labels left alone would fail the first check"
+
+
+def test_sft_learns_the_demonstrations_word_for_word(tmp_path):
+    answer = render_verdict(evidence=[], features=["usual_hours", "own_workstation"],
+                            basis="nothing.", risk="normal")
+    shown = [{**row, "completion": answer} for row in rows(8)]
+    losses = []
+    settings = SFTSettings(examples=8, epochs=200, batch_size=8, learning_rate=1e-2)
+    policy_settings = PolicySettings(vocab_size=512, hidden_size=32, layers=2)
+    trained = recipes.sft(checkpoint(), tmp_path, shown, settings, policy_settings, seed=0,
+                          on_step=lambda step, values: losses.append(values["loss"]))
+    assert losses[-1] < 0.1 < 3 < losses[0]
+    assert not torch.equal(weights(trained.policy), weights(checkpoint()))
+
+
+def test_sft_counts_the_completion_only():
+    _, tokenizer = policy()
+    made = recipes._demonstration_tokens(tokenizer, [{**rows(1)[0], "completion": "yes"}], 320)
+    ids, mask = made[0]["input_ids"], made[0]["completion_mask"]
+    spoken = [token for token, inside in zip(ids, mask, strict=True) if inside]
+    assert tokenizer.decode(spoken) == "yes" + tokenizer.eos_token
+    assert sum(mask) < len(mask)
+
+
+@pytest.mark.parametrize("method", BOTH)
+def test_the_same_seed_gives_the_same_bytes(method, tmp_path):
+    train(method, tmp_path / "a")
+    train(method, tmp_path / "b")
+    train(method, tmp_path / "c", seed=1)
+    first, second, other = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in "abc")
+    assert first == second
+    assert first != other
+    assert b"seconds" not in first and b"time" not in first
+    assert len(first.splitlines()) == 4
+
+
+@pytest.mark.parametrize("method", BOTH)
+def test_an_interrupted_run_ends_like_an_undisturbed_one(method, tmp_path):
+    whole = train(method, tmp_path / "whole")
+    train(method, tmp_path / "cut")
+    for folder in (tmp_path / "cut" / "checkpoints").glob("checkpoint-4"):
+        (folder / SEAL_FILE).unlink()  # as if killed while the last checkpoint was written
+    with pytest.warns(UserWarning, match="half-written"):
+        again = train(method, tmp_path / "cut")
+    assert torch.equal(weights(whole.policy), weights(again.policy))
+    assert ((tmp_path / "whole" / "metrics.jsonl").read_bytes()
+            == (tmp_path / "cut" / "metrics.jsonl").read_bytes())
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path):
+    train("ppo", tmp_path, save_steps=2)
+    newest = latest_checkpoint(tmp_path / "checkpoints")
+    assert newest.name == "checkpoint-4" and is_whole(newest)
+    with open(newest / "critic.safetensors", "r+b") as stream:
+        stream.seek(200)
+        stream.write(b"\xff\xff")
+    assert not is_whole(newest)
+    with pytest.warns(UserWarning, match="checkpoint-4"):
+        assert latest_checkpoint(tmp_path / "checkpoints").name == "checkpoint-2"
+
+
+def test_memory_by_part_counts_tensor_bytes(tmp_path):
+    model, _ = policy()
+    size = sum(p.numel() for p in model.parameters()) * 4
+    grpo = train("grpo", tmp_path / "grpo").costs["memory_bytes"]
+    ppo = train("ppo", tmp_path / "ppo").costs["memory_bytes"]
+    assert grpo["weights"] == grpo["gradients"] == grpo["reference"] == size
+    assert grpo["critic"] == 0 and ppo["critic"] > 0.9 * size - 4 * model.lm_head.weight.numel()
+    assert ppo["optimiser"] > grpo["optimiser"] >= 2 * size
+
+
+def test_held_out_counts_are_those_of_the_table():
+    found = recipes.held_out_metrics(["normal", "malicious", "suspicious", "malicious"],
+                                     ["normal", "suspicious", "invalid", "malicious"])
+    assert found["accuracy"] == 0.5 and found["valid"] == 0.75
+    assert found["count/malicious/suspicious"] == 1 and found["count/suspicious/invalid"] == 1
+    assert found["macro_f1"] == pytest.approx((1 + 0 + 2 / 3) / 3)
+
+
+@pytest.mark.parametrize("change, word", [
+    (lambda table: [], "no training prompts"),
+    (lambda table: [{k: v for k, v in row.items() if k != "label"} for row in table], "'label'")])
+def test_rows_that_cannot_be_rewarded_are_refused(change, word, tmp_path):
+    with pytest.raises(UserError, match=word):
+        recipes.grpo(checkpoint(), tmp_path, change(rows()), GRPOSettings(), SETTINGS)
+
+
+KILLED = """
+import sys
+from tests.test_recipes import train
+train(sys.argv[1], sys.argv[2], steps=30, save_steps=3)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", BOTH)
+def test_killed_at_random_moments_and_resumed_the_run_ends_the_same(method, tmp_path):
+    whole = train(method, tmp_path / "whole", steps=30, save_steps=3)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    command = [sys.executable, "-c", KILLED, method, str(tmp_path / "killed")]
+    draws = random.Random(0)
+    kills = 0
+    for _ in range(40):
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)
+        log = tmp_path / "killed" / "metrics.jsonl"
+        before = len(log.read_bytes().splitlines()) if log.exists() else 0
+        limit = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < limit:
+            now = len(log.read_bytes().splitlines()) if log.exists() else 0
+            if kills < 10 and now > before:
+                time.sleep(draws.uniform(0, 1.0))
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.02)
+        if process.wait() == 0:
+            break
+    assert kills == 10
+    assert torch.equal(weights(whole.policy), weights(tmp_path / "killed" / "policy"))
+    rows_of = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()]
+               for name in ("whole", "killed")]
+    assert rows_of[0] == rows_of[1]

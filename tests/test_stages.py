@@ -1,0 +1,96 @@
+"""Stages: samples that keep splits apart, rows that match their windows, complete runs reused."""
+
+import dataclasses
+
+import pandas as pd
+import pytest
+
+from ueba_helpers.data.files import write_json
+from ueba_helpers.errors import UserError
+from ueba_helpers.rl.settings import SFTSettings
+from ueba_helpers.study import stages
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    return stages.open_study("smoke", 0, "", str(tmp_path_factory.mktemp("runs")))
+
+
+def test_training_and_judged_windows_share_no_account(study):
+    judged = set(pd.concat([study.sample(s) for s in stages.SPLITS])["window_id"])
+    users = study.windows.set_index("window_id")["user"]
+    trained = {name: set(users[study.training_windows(name)["window_id"]])
+               for name in ("cold", "rl", "all")}
+    assert not trained["cold"] & trained["rl"], "cold start and RL use disjoint accounts"
+    assert not trained["cold"] & set(users[list(judged)])
+    assert not (trained["all"] | trained["rl"]) & set(users[list(judged)])
+    assert trained["cold"] & trained["all"], "the same comparison can find a shared account"
+
+
+def test_dev_and_test_samples_share_no_account(study):
+    users = study.windows.set_index("window_id")["user"]
+    dev, test = (set(users[study.sample(split)["window_id"]]) for split in stages.SPLITS)
+    assert dev and test and not dev & test
+
+
+def test_no_precursor_or_ignored_day_is_trained_on(study):
+    for name in ("cold", "rl", "all"):
+        table = study.training_windows(name)
+        assert not (table["ignore"] | table["precursor"]).any()
+
+
+def test_rows_follow_the_order_of_their_windows_and_repeat_with_them(study):
+    table = study.training_windows("cold").head(5)
+    table = pd.concat([table, table.head(2)], ignore_index=True)
+    rows = study.rows(table)
+    assert [row["window_id"] for row in rows] == list(table["window_id"])
+    assert [row["label"] for row in rows] == list(table["risk"])
+
+
+def test_prompts_hold_no_label_no_date_and_no_real_account(study):
+    for row in study.judged_rows("dev")[:30]:
+        user = row["prompt"][1]["content"]
+        assert row["user"] not in user and str(row["day"]) not in user
+        assert not any(risk in user for risk in ("malicious", "suspicious"))
+
+
+def test_demonstrations_say_the_truth_unless_they_are_held_back(study):
+    honest = study.demonstrations("cold", SFTSettings())
+    assert all(f'"risk": "{row["label"]}"' in row["completion"] for row in honest)
+    lowered = study.demonstrations("cold", SFTSettings(downgrade=1.0))
+    assert not any('"risk": "malicious"' in row["completion"] for row in lowered)
+
+
+def test_the_tokenizer_is_fitted_on_cold_start_accounts_only(study, monkeypatch):
+    seen = []
+    monkeypatch.setattr(stages.prompts, "target_verdict",
+                        lambda window, **options: seen.append(window.user) or "")
+    study._tokenizer_texts()
+    assert set(seen) == set(study.training_windows("cold")["user"])
+
+
+def test_prepared_data_are_returned_and_changed_settings_prepare_anew(study):
+    marker = study.home / "samples.json"
+    before = marker.stat().st_mtime_ns
+    stages.prepare_data("smoke", 0, "", study.runs)
+    assert marker.stat().st_mtime_ns == before
+    known = stages._read(marker)
+    write_json(marker, {**known, "settings": {}})
+    stages.prepare_data("smoke", 0, "", study.runs)
+    assert stages._read(marker)["settings"] == known["settings"]
+
+
+def test_unknown_names_are_refused_with_the_legal_ones(study):
+    with pytest.raises(UserError, match="dev, test"):
+        study.sample("train")
+    with pytest.raises(UserError, match="sft, sft_all, ppo, grpo"):
+        study.run("dpo")
+    with pytest.raises(UserError, match="gradient_boosting"):
+        study.baseline("oracle")
+
+
+def test_a_run_takes_the_seed_of_the_study(study):
+    settings = stages.replace_seed(study.profile.ppo, 7)
+    assert settings.seed == 7
+    assert stages.replace_seed(study.profile.sft, 7) == study.profile.sft
+    assert dataclasses.asdict(settings) != dataclasses.asdict(study.profile.ppo)
