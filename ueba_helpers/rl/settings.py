@@ -8,12 +8,7 @@ field's name and the legal range.
 
 from dataclasses import dataclass, fields
 
-from ueba_helpers.errors import UserError
-
-
-def _require(condition: bool, field: str, value: object, legal: str) -> None:
-    if not condition:
-        raise UserError(f"{field}={value!r} is not possible: legal values are {legal}.")
+from ueba_helpers.errors import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,19 +26,19 @@ class PolicySettings:
     dtype: str = "float32"
 
     def __post_init__(self):
-        _require(self.backend in ("transformers", "unsloth"), "backend", self.backend,
-                 "'transformers' and 'unsloth'")
-        _require(self.dtype in ("float32", "bfloat16"), "dtype", self.dtype,
-                 "'float32' and 'bfloat16'")
-        _require(self.vocab_size >= 512, "vocab_size", self.vocab_size, "512 and more")
-        _require(self.hidden_size >= 32 and self.hidden_size % 32 == 0, "hidden_size",
-                 self.hidden_size, "multiples of 32")
-        _require(self.layers >= 1, "layers", self.layers, "1 and more")
-        _require(self.lora_rank >= 0, "lora_rank", self.lora_rank, "0 (full training) and more")
-        _require(self.max_prompt_tokens >= 64, "max_prompt_tokens", self.max_prompt_tokens,
-                 "64 and more")
-        _require(self.max_completion_tokens >= 16, "max_completion_tokens",
-                 self.max_completion_tokens, "16 and more")
+        require(self.backend in ("transformers", "unsloth"), "backend", self.backend,
+                "'transformers' and 'unsloth'")
+        require(self.dtype in ("float32", "bfloat16"), "dtype", self.dtype,
+                "'float32' and 'bfloat16'")
+        require(self.vocab_size >= 512, "vocab_size", self.vocab_size, "512 and more")
+        require(self.hidden_size >= 32 and self.hidden_size % 32 == 0, "hidden_size",
+                self.hidden_size, "multiples of 32")
+        require(self.layers >= 1, "layers", self.layers, "1 and more")
+        require(self.lora_rank >= 0, "lora_rank", self.lora_rank, "0 (full training) and more")
+        require(self.max_prompt_tokens >= 64, "max_prompt_tokens", self.max_prompt_tokens,
+                "64 and more")
+        require(self.max_completion_tokens >= 16, "max_completion_tokens",
+                self.max_completion_tokens, "16 and more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,13 +57,13 @@ class SFTSettings:
     label_noise: float = 0.0
 
     def __post_init__(self):
-        _require(self.examples >= 1, "examples", self.examples, "1 and more")
-        _require(self.epochs >= 1, "epochs", self.epochs, "1 and more")
-        _require(self.batch_size >= 1, "batch_size", self.batch_size, "1 and more")
-        _require(0 < self.learning_rate < 1, "learning_rate", self.learning_rate,
-                 "between 0 and 1")
+        require(self.examples >= 1, "examples", self.examples, "1 and more")
+        require(self.epochs >= 1, "epochs", self.epochs, "1 and more")
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "1 and more")
+        require(0 < self.learning_rate < 1, "learning_rate", self.learning_rate,
+                "between 0 and 1")
         for name in ("downgrade", "label_noise"):
-            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "0 to 1")
+            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,32 +90,32 @@ class RLSettings:
     seed: int = 0
 
     def __post_init__(self):
-        _require(self.steps >= 1, "steps", self.steps, "1 and more")
-        _require(self.prompts_per_step >= 1, "prompts_per_step", self.prompts_per_step,
-                 "1 and more")
-        _require(self.num_generations >= self.smallest_group, "num_generations",
-                 self.num_generations, f"{self.smallest_group} and more")
-        _require(0 < self.learning_rate < 1, "learning_rate", self.learning_rate,
-                 "between 0 and 1")
-        _require(self.lr_schedule in ("constant", "linear", "cosine"), "lr_schedule",
-                 self.lr_schedule, "'constant', 'linear' and 'cosine'")
-        _require(self.temperature > 0, "temperature", self.temperature, "above 0")
-        _require(self.num_iterations >= 1, "num_iterations", self.num_iterations, "1 and more")
-        _require(self.micro_batch_prompts >= 1
-                 and self.prompts_per_step % self.micro_batch_prompts == 0,
-                 "micro_batch_prompts", self.micro_batch_prompts,
-                 f"divisors of prompts_per_step ({self.prompts_per_step})")
-        _require(0 < self.clip_low < 1, "clip_low", self.clip_low, "between 0 and 1")
-        _require(self.clip_high > 0, "clip_high", self.clip_high, "above 0")
-        _require(self.kl_coef >= 0, "kl_coef", self.kl_coef, "0 and more")
-        _require(self.kl_placement in ("reward", "loss"), "kl_placement", self.kl_placement,
-                 "'reward' and 'loss'")
-        _require(self.scale_rewards in ("none", "group", "batch"), "scale_rewards",
-                 self.scale_rewards, "'none', 'group' and 'batch'")
-        _require(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "above 0")
-        _require(self.rewards in ("ueba", "traditional"), "rewards", self.rewards,
-                 "'ueba' and 'traditional'")
-        _require(self.save_steps >= 1, "save_steps", self.save_steps, "1 and more")
+        require(self.steps >= 1, "steps", self.steps, "1 and more")
+        require(self.prompts_per_step >= 1, "prompts_per_step", self.prompts_per_step,
+                "1 and more")
+        require(self.num_generations >= self.smallest_group, "num_generations",
+                self.num_generations, f"{self.smallest_group} and more")
+        require(0 < self.learning_rate < 1, "learning_rate", self.learning_rate,
+                "between 0 and 1")
+        require(self.lr_schedule in ("constant", "linear", "cosine"), "lr_schedule",
+                self.lr_schedule, "'constant', 'linear' and 'cosine'")
+        require(self.temperature > 0, "temperature", self.temperature, "above 0")
+        require(self.num_iterations >= 1, "num_iterations", self.num_iterations, "1 and more")
+        require(self.micro_batch_prompts >= 1
+                and self.prompts_per_step % self.micro_batch_prompts == 0,
+                "micro_batch_prompts", self.micro_batch_prompts,
+                f"divisors of prompts_per_step ({self.prompts_per_step})")
+        require(0 < self.clip_low < 1, "clip_low", self.clip_low, "between 0 and 1")
+        require(self.clip_high > 0, "clip_high", self.clip_high, "above 0")
+        require(self.kl_coef >= 0, "kl_coef", self.kl_coef, "0 and more")
+        require(self.kl_placement in ("reward", "loss"), "kl_placement", self.kl_placement,
+                "'reward' and 'loss'")
+        require(self.scale_rewards in ("none", "group", "batch"), "scale_rewards",
+                self.scale_rewards, "'none', 'group' and 'batch'")
+        require(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "above 0")
+        require(self.rewards in ("ueba", "traditional"), "rewards", self.rewards,
+                "'ueba' and 'traditional'")
+        require(self.save_steps >= 1, "save_steps", self.save_steps, "1 and more")
 
     smallest_group = 1
 
@@ -150,13 +145,13 @@ class PPOSettings(RLSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        _require(self.critic in ("separate", "shared"), "critic", self.critic,
-                 "'separate' and 'shared'")
-        _require(self.critic_learning_rate_ratio > 0, "critic_learning_rate_ratio",
-                 self.critic_learning_rate_ratio, "above 0")
-        _require(self.critic_warmup_steps >= 0, "critic_warmup_steps", self.critic_warmup_steps,
-                 "0 and more")
-        _require(0 < self.gamma <= 1, "gamma", self.gamma, "above 0, to 1")
-        _require(0 <= self.lam <= 1, "lam", self.lam, "0 to 1")
-        _require(self.value_clip is None or self.value_clip > 0, "value_clip", self.value_clip,
-                 "None and numbers above 0")
+        require(self.critic in ("separate", "shared"), "critic", self.critic,
+                "'separate' and 'shared'")
+        require(self.critic_learning_rate_ratio > 0, "critic_learning_rate_ratio",
+                self.critic_learning_rate_ratio, "above 0")
+        require(self.critic_warmup_steps >= 0, "critic_warmup_steps", self.critic_warmup_steps,
+                "0 and more")
+        require(0 < self.gamma <= 1, "gamma", self.gamma, "above 0, to 1")
+        require(0 <= self.lam <= 1, "lam", self.lam, "0 to 1")
+        require(self.value_clip is None or self.value_clip > 0, "value_clip", self.value_clip,
+                "None and numbers above 0")

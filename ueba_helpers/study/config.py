@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from ueba_helpers.errors import UserError
+from ueba_helpers.errors import UserError, require
 from ueba_helpers.rl.settings import (
     GRPOSettings,
     PolicySettings,
@@ -20,11 +20,6 @@ from ueba_helpers.rl.settings import (
     RLSettings,
     SFTSettings,
 )
-
-
-def _require(condition: bool, name: str, value: object, legal: str) -> None:
-    if not condition:
-        raise UserError(f"{name}={value!r} is not possible: legal values are {legal}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,15 +38,15 @@ class SimulateSettings:
     label_noise: float = 0.0
 
     def __post_init__(self):
-        _require(len(self.insiders) == 3 and min(self.insiders) >= 0, "insiders", self.insiders,
-                 "three counts of 0 and more (scenarios 1, 2, 3)")
-        _require(self.users >= 20 and self.users >= 3 * sum(self.insiders), "users", self.users,
-                 f"20 and more, and at least three times the insiders ({3 * sum(self.insiders)})")
-        _require(self.days >= 60, "days", self.days,
-                 "60 and more (40 days of history come before the first label)")
-        _require(self.web_rate > 0, "web_rate", self.web_rate, "above 0")
-        _require(0 <= self.hardness <= 1, "hardness", self.hardness, "0 to 1")
-        _require(0 <= self.label_noise <= 1, "label_noise", self.label_noise, "0 to 1")
+        require(len(self.insiders) == 3 and min(self.insiders) >= 0, "insiders", self.insiders,
+                "three counts of 0 and more (scenarios 1, 2, 3)")
+        require(self.users >= 20 and self.users >= 3 * sum(self.insiders), "users", self.users,
+                f"20 and more, and at least three times the insiders ({3 * sum(self.insiders)})")
+        require(self.days >= 60, "days", self.days,
+                "60 and more (40 days of history come before the first label)")
+        require(self.web_rate > 0, "web_rate", self.web_rate, "above 0")
+        require(0 <= self.hardness <= 1, "hardness", self.hardness, "0 to 1")
+        require(0 <= self.label_noise <= 1, "label_noise", self.label_noise, "0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +58,11 @@ class WindowSettings:
     min_history: int = 10
 
     def __post_init__(self):
-        _require(0 < self.deviation_share < 1, "deviation_share", self.deviation_share,
-                 "between 0 and 1")
-        _require(self.history_days >= 1, "history_days", self.history_days, "1 and more")
-        _require(1 <= self.min_history <= self.history_days, "min_history", self.min_history,
-                 f"1 to history_days ({self.history_days})")
+        require(0 < self.deviation_share < 1, "deviation_share", self.deviation_share,
+                "between 0 and 1")
+        require(self.history_days >= 1, "history_days", self.history_days, "1 and more")
+        require(1 <= self.min_history <= self.history_days, "min_history", self.min_history,
+                f"1 to history_days ({self.history_days})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,10 +86,10 @@ class EvaluationSettings:
     def __post_init__(self):
         for name in ("headline_per_class", "n_benign", "dev_per_class", "dev_benign",
                      "bootstrap", "batch_size"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "1 and more")
-        _require(0 < self.base_rate < 1, "base_rate", self.base_rate, "between 0 and 1")
-        _require(bool(self.alert_budgets) and min(self.alert_budgets) > 0, "alert_budgets",
-                 self.alert_budgets, "numbers above 0")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "1 and more")
+        require(0 < self.base_rate < 1, "base_rate", self.base_rate, "between 0 and 1")
+        require(bool(self.alert_budgets) and min(self.alert_budgets) > 0, "alert_budgets",
+                self.alert_budgets, "numbers above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +117,7 @@ class Profile:
     least_limit_minutes: float = 10.0
 
     def __post_init__(self):
-        _require(self.max_items >= 1, "max_items", self.max_items, "1 and more")
+        require(self.max_items >= 1, "max_items", self.max_items, "1 and more")
         for name in RLSettings.controlled():
             ppo, grpo = getattr(self.ppo, name), getattr(self.grpo, name)
             if ppo != grpo:
