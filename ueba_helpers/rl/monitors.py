@@ -110,7 +110,8 @@ METRICS: dict[str, tuple[str, str]] = {
 # What goes to timings.jsonl instead: it differs between two identical runs.
 TIMINGS: dict[str, tuple[str, str]] = {
     "step": METRICS["step"],
-    "seconds": ("Wall-clock time of the optimiser step, rollout included.", "seconds"),
+    "seconds": ("Wall-clock time of the optimiser step, rollout included, evaluation not.",
+                "seconds"),
     "tokens_per_second": ("Prompt and completion tokens of the step's rollout over its seconds.",
                           "tokens per second"),
 }
@@ -579,7 +580,7 @@ class MetricsWriter(TrainerCallback):
             describe(key)
         self.monitor = monitor
         self._warned: set[str] = set()
-        self._started = 0.0
+        self._started = self._seconds = 0.0
         self._tokens = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -602,12 +603,15 @@ class MetricsWriter(TrainerCallback):
         """Start the clock."""
         self._started = time.perf_counter()
 
+    def on_step_end(self, args, state, control, **kwargs):
+        """Stop the clock, before callbacks that were added later judge held-out windows."""
+        self._seconds = time.perf_counter() - self._started
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Append the step's line to both files."""
         if not (_is_training_row(logs) and state.is_world_process_zero):
             return
-        seconds = time.perf_counter() - self._started
-        step = state.global_step
+        seconds, step = self._seconds, state.global_step
         row = {key: _plain(logs.get(key)) for key in self.keys}
         if self.monitor is not None:
             row["held_out/macro_f1"] = self.monitor.held_out_at(step)

@@ -78,6 +78,8 @@ def prefill(backbone: nn.Module, groups: PromptGroups) -> tuple[DynamicCache, Te
     positions = (groups.mask.long().cumsum(1) - 1).clamp(min=0)
     output = backbone(input_ids=groups.ids, attention_mask=groups.mask, position_ids=positions,
                       past_key_values=cache, use_cache=True)
+    if cache.get_seq_length() != groups.ids.size(1):
+        raise RuntimeError(f"{type(backbone).__name__} filled no cache: take the plain path")
     if groups.shared:
         cache.batch_select_indices(groups.index)
     return cache, output.last_hidden_state[:, -1:][groups.index]

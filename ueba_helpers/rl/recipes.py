@@ -19,14 +19,14 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from peft import PeftModel
 from sklearn.metrics import confusion_matrix, f1_score
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainerState
 from trl import SFTConfig, SFTTrainer
 
 from ueba_helpers.data.files import atomic_path
 from ueba_helpers.data.seeding import generator
 from ueba_helpers.errors import UserError
 from ueba_helpers.rl.checkpoints import latest_checkpoint
-from ueba_helpers.rl.monitors import HealthMonitor, MetricsWriter, metric_keys
+from ueba_helpers.rl.monitors import HealthMonitor, MetricsWriter, metric_keys, read_rows
 from ueba_helpers.rl.policies import load_policy, load_tokenizer, tensor_bytes
 from ueba_helpers.rl.rollouts import predict, tokenize_prompts
 from ueba_helpers.rl.settings import (
@@ -105,7 +105,7 @@ def sft(start: Path | str, out: Path | str, rows: Sequence[Mapping], settings: S
     started = time.perf_counter()
     trainer.train()
     costs = {"wall_seconds_training": time.perf_counter() - started,
-             "steps": trainer.state.global_step, "tokens": int(trainer.state.num_input_tokens_seen),
+             "steps": trainer.state.global_step, "tokens": int(trainer._total_train_tokens),
              "memory_bytes": memory_by_part(trainer)}
     trained = trainer.model
     if isinstance(trained, PeftModel):
@@ -204,8 +204,6 @@ def reinforce(trainer_class: type[PolicyGradientTrainer], config, start: Path | 
                                          for row in rows]),
         callbacks=list(callbacks))
     trainer.remove_callback(PrinterCallback)
-    counter = _Costs(trainer)
-    trainer.add_callback(counter)
     metrics = out / "metrics.jsonl"
     monitor = HealthMonitor(stop_on=stop_on, metrics_path=metrics)
     trainer.add_callback(monitor)
@@ -217,10 +215,15 @@ def reinforce(trainer_class: type[PolicyGradientTrainer], config, start: Path | 
         trainer.add_callback(_HeldOut(trainer, tokenizer, held_out, policy, evaluate_every,
                                       monitor, on_held_out))
     checkpoint = latest_checkpoint(config.output_dir)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if checkpoint and int(checkpoint.name.rpartition("-")[2]) >= settings.steps:
+        # Killed after the last checkpoint: Trainer would train one step more than was asked for.
+        trainer._load_from_checkpoint(str(checkpoint))
+        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     folder = save_policy(trainer.accelerator.unwrap_model(trainer.model), tokenizer,
                          out / ("adapter" if policy.lora_rank else "policy"))
-    return Trained(folder, counter.summary())
+    return Trained(folder, _costs(trainer, out / "timings.jsonl"))
 
 
 def _check_columns(rows: Sequence[Mapping]) -> None:
@@ -290,24 +293,19 @@ class _Steps(TrainerCallback):
             self.on_step(state.global_step, dict(logs))
 
 
-class _Costs(TrainerCallback):
-    """Count completions and the largest activations of one step, and time the training."""
+def _costs(trainer: PolicyGradientTrainer, timings: Path) -> dict:
+    """Return what the whole run cost, sessions before an interruption included.
 
-    def __init__(self, trainer):
-        self.trainer, self.started, self.first_step = trainer, 0.0, 0
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.started, self.first_step = time.perf_counter(), state.global_step
-
-    def summary(self) -> dict:
-        args, state = self.trainer.args, self.trainer.state
-        steps = state.global_step - self.first_step
-        rollouts = steps / (args.num_iterations * args.steps_per_generation
-                            / args.gradient_accumulation_steps)
-        return {"wall_seconds_training": time.perf_counter() - self.started, "steps": steps,
-                "tokens": int(state.num_input_tokens_seen),
-                "completions": round(rollouts * args.generation_batch_size),
-                "memory_bytes": memory_by_part(self.trainer)}
+    The seconds are those of the optimiser steps with their rollouts; judging held-out windows,
+    saving and loading are left out.
+    """
+    args, state = trainer.args, trainer.state
+    rollouts = state.global_step / (args.num_iterations * args.steps_per_generation
+                                    / args.gradient_accumulation_steps)
+    return {"wall_seconds_training": sum(row["seconds"] for row in read_rows(timings)),
+            "steps": state.global_step, "tokens": int(state.num_input_tokens_seen),
+            "completions": round(rollouts * args.generation_batch_size),
+            "memory_bytes": memory_by_part(trainer)}
 
 
 class _HeldOut(TrainerCallback):

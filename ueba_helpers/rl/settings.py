@@ -115,7 +115,9 @@ class RLSettings:
         require(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "above 0")
         require(self.rewards in ("ueba", "traditional"), "rewards", self.rewards,
                 "'ueba' and 'traditional'")
-        require(self.save_steps >= 1, "save_steps", self.save_steps, "1 and more")
+        require(self.save_steps >= 1 and self.save_steps % self.num_iterations == 0, "save_steps",
+                self.save_steps, f"multiples of num_iterations ({self.num_iterations}): a resumed "
+                "run begins with a new rollout")
 
     smallest_group = 1
 

@@ -9,7 +9,9 @@ surrogate takes advantages per completion `(B,)` or per token `(B, T)`.
 Differences from the papers: one epoch over each rollout by default; the token mean over the whole
 batch instead of the mean of sequence means (DAPO, arXiv:2503.14476, section 3.3); KL as k1 inside
 the reward by default, per token for PPO and summed over the completion for GRPO. Completions that
-hit the length limit count as ended, with `missing_eos_penalty` taken off their reward.
+hit the length limit count as ended, with `missing_eos_penalty` taken off their reward. With one
+optimiser step per rollout the ratio is exactly one and no clip range acts: both are then plain
+on-policy actor updates that differ in the baseline.
 
 Refused: reward functions that raise, return the wrong number of values, NaN or anything but
 numbers; group sizes that do not divide the batch; prompts longer than the context; a critic that
@@ -235,6 +237,8 @@ class PolicyGradientTrainer(trl.GRPOTrainer):
             return "the Liger kernel computes log-probabilities itself"
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return "sharded weights need the model's own forward"
+        if self.args.gradient_checkpointing:  # switched on later, by train()
+            return "gradient checkpointing keeps no cache"
         return shareable(self._bare_model())
 
     def _can_sample_here(self) -> bool:
@@ -243,6 +247,7 @@ class PolicyGradientTrainer(trl.GRPOTrainer):
         return (plain and self.args.shared_prefix and not self.use_vllm
                 and not self.use_transformers_continuous_batching and not self._is_vlm
                 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+                and not self.args.gradient_checkpointing
                 and shareable(self._bare_model()) is None)
 
     @property
@@ -339,8 +344,10 @@ class PolicyGradientTrainer(trl.GRPOTrainer):
         rollout["advantages"] = advantages * keep
         count = self._sum_over_ranks(torch.tensor(float(mask.size(0))))
         tokens = self._sum_over_ranks(mask.sum())
-        self._log("kl_to_reference/per_completion", self._sum_over_ranks(token_kl.sum()) / count)
-        self._log("kl_to_reference/per_token", self._sum_over_ranks(token_kl.sum()) / tokens)
+        if self.args.kl_coef:  # else no reference was asked, and a logged zero would be a lie
+            total = self._sum_over_ranks(token_kl.sum())
+            self._log("kl_to_reference/per_completion", total / count)
+            self._log("kl_to_reference/per_token", total / tokens)
         self._log("advantages/absolute_mean",
                   self._sum_over_ranks((rollout["advantages"].abs() * mask).sum()
                                        if advantages.dim() == 2 else
@@ -469,7 +476,8 @@ class PolicyGradientTrainer(trl.GRPOTrainer):
         if not torch.isfinite(loss):
             raise UserError(f"the policy loss is {loss.item()} at step {self.state.global_step}: "
                             "training stops before the weights are harmed; lower learning_rate.")
-        self._log("policy_loss", self._sum_over_ranks(loss.detach()))
+        self._log("policy_loss",
+                  self._sum_over_ranks(loss.detach()) / self.accelerator.num_processes)
         old = inputs.get("old_per_token_logps")
         new = self._scored["log_probs"]
         mask = _loss_mask(inputs)
@@ -543,6 +551,9 @@ class GRPOTrainer(PolicyGradientTrainer):
         return self._of_this_rank(advantages, scores.numel())
 
 
+_SEQUENCES = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+
+
 class PPOTrainer(PolicyGradientTrainer):
     """Proximal policy optimisation: the baseline is a critic, advantages come from GAE.
 
@@ -594,8 +605,12 @@ class PPOTrainer(PolicyGradientTrainer):
         if self.args.critic == "shared":
             self._rollout_log_probs(self.model, rollout)
             states = self._scored["states"]
+        rows = self.args.per_device_train_batch_size
+        parts = [slice(i, i + rows) for i in range(0, mask.size(0), rows)]
         with torch.no_grad():
-            return self._values(rollout, mask, states)
+            return torch.cat([self._values(
+                {name: rollout[name][part] for name in _SEQUENCES}, mask[part],
+                None if states is None else states[part]) for part in parts])
 
     def _advantages(self, rollout, mask, scores, scorable, penalties):
         values = self._rollout_values(rollout, mask)
@@ -670,6 +685,19 @@ class PPOTrainer(PolicyGradientTrainer):
                 "params": [p for p in self.critic.parameters() if p.requires_grad],
                 "lr": self.args.critic_learning_rate, "weight_decay": 0.0})
         return optimizer
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        # The policy's schedule waits for the warm-up and then runs through all of its course, so
+        # that frozen steps cost it no learning rate; the critic's (the last group) begins at once.
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        frozen = self.args.critic_warmup_steps
+        if frozen and isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+            course = scheduler.lr_lambdas[0]
+            stretch = num_training_steps / max(1, num_training_steps - frozen)
+            scheduler.lr_lambdas[:-1] = [
+                lambda step: course(max(0, step - frozen) * stretch)
+            ] * (len(scheduler.lr_lambdas) - 1)
+        return scheduler
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self._step % self.current_gradient_accumulation_steps == 0:

@@ -46,7 +46,7 @@ PACKAGE = Path(__file__).resolve().parent.parent
 PREDICTION_COLUMNS = ("detector", "seed", "window_id", "user", "day", "split", "label", "risk",
                       "score", "features", "evidence", "valid", "seconds")
 
-WEIGHT_FOLDERS = ("checkpoints", "adapter", "model", "critic")
+WEIGHT_FOLDERS = ("checkpoints", "adapter", "policy", "policies", "model", "critic")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 # Tables with one row per account-day or per completion: derived from the release's own rows.
@@ -54,6 +54,9 @@ ROW_TABLES = ("predictions.parquet", "completions.parquet")
 
 # A metric whose name holds one of these is a time, and belongs into timings.jsonl.
 TIME_WORDS = ("time", "seconds", "runtime", "per_second", "flos")
+
+# What a resumed session measures for the run and not for itself.
+_OF_THE_WHOLE_RUN = ("steps", "tokens", "completions", "wall_seconds_training")
 
 _VERSIONS = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "numpy", "pandas",
              "pyarrow", "duckdb", "scikit-learn", "unsloth", "vllm")
@@ -344,14 +347,16 @@ class RunFolder:
     def add_resources(self, measured: Mapping) -> dict:
         """Merge one session's measurements into resources.json and return the sum.
 
-        Numbers named `peak_*` or `threads` keep their maximum, other numbers are added, and
-        everything else takes the newest value.
+        Numbers named `peak_*` or `threads` keep their maximum; those in `_OF_THE_WHOLE_RUN` are
+        totals already and take the newest value, like everything that is no number; other
+        numbers are added.
         """
         path = self.path / "resources.json"
         total = _read_json(path) if path.exists() else {}
         for key, value in measured.items():
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            if key not in total or not number or total[key] is None:
+            if (key not in total or not number or total[key] is None
+                    or key in _OF_THE_WHOLE_RUN):
                 total[key] = value
             elif key.startswith("peak_") or key == "threads":
                 total[key] = max(total[key], value)

@@ -18,7 +18,7 @@ from pathlib import Path
 import pandas as pd
 
 from ueba_helpers.data import cert, simulate, splits, windows
-from ueba_helpers.data.files import write_json
+from ueba_helpers.data.files import atomic_path, write_json
 from ueba_helpers.data.windows import Window
 from ueba_helpers.errors import UserError
 from ueba_helpers.study import evaluation
@@ -146,6 +146,11 @@ class Study:
         return prepare_data(self.profile.name, self.seed, self.data, self.runs)
 
     @functools.cached_property
+    def _prepared(self) -> str:
+        """A hash of what the windows and samples were made with."""
+        return content_hash(_read(self.home / "samples.json")["settings"])
+
+    @functools.cached_property
     def store(self) -> cert.Store:
         """The event store, for questions about raw events."""
         return cert.Store(self.home / "store")
@@ -262,7 +267,8 @@ class Study:
         check_device(self.profile)
         settings = replace_seed(getattr(self.profile, method), self.seed)
         configuration = {"settings": asdict(settings), "policy": asdict(self.profile.policy),
-                         "max_items": self.profile.max_items, "base": Path(self.base_policy).name}
+                         "max_items": self.profile.max_items, "samples": self._prepared,
+                         "base": Path(self.base_policy).name}
         if method != "sft":
             configuration["start"] = self.run("sft").name
         folder = RunFolder.open(self.path, method, configuration=configuration, seed=self.seed,
@@ -296,8 +302,8 @@ class Study:
                                       settings, self.profile.policy, seed=self.seed,
                                       on_step=folder.log().write)
         folder.add_resources({**monitor.result, **trained.costs})
-        recipes.drop_checkpoints(folder.path)
         folder.finish(self._predicted(method, folder, "dev"))
+        recipes.drop_checkpoints(folder.path)
 
     def _watched(self) -> list[dict]:
         """A slice of the dev sample's headline windows, the same for every method."""
@@ -371,7 +377,8 @@ class Study:
     def _judged_baseline(self, detector: str, split: str) -> pd.DataFrame:
         path = self.path / "baselines" / f"{detector}-{split}.parquet"
         marker = path.with_suffix(".json")
-        current = {"judged": content_hash(self.sample(split).to_csv())}
+        current = {"judged": content_hash(self.sample(split).to_csv()),
+                   "prepared": self._prepared, "code": code_fingerprint("data", "task")}
         if not path.exists() or _read(marker) != current:
             started = time.perf_counter()
             table = baselines.predict(self.baseline(detector), self._sampled(split), split=split)
@@ -412,9 +419,12 @@ class _HeldOutLog:
 
     def __init__(self, path: Path, *, resumed_step: int):
         self.path = path
-        lines = path.read_text().splitlines() if path.exists() and resumed_step else []
-        kept = [line for line in lines if json.loads(line)["step"] <= resumed_step]
-        path.write_text("".join(line + "\n" for line in kept))
+        from ueba_helpers.rl.monitors import read_rows
+
+        rows = read_rows(path) if path.exists() and resumed_step else []
+        with atomic_path(path) as temporary:
+            temporary.write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in rows
+                                         if row["step"] <= resumed_step))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         with open(self.path, "a", encoding="utf-8") as stream:
