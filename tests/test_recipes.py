@@ -132,6 +132,18 @@ def test_the_warm_up_costs_the_policy_no_learning_rate(tmp_path):
     assert rates[3:] == pytest.approx([1e-3 * x for x in (0.75, 0.5, 0.25)])
 
 
+def test_completions_are_handed_on_before_each_checkpoint(tmp_path):
+    tables = []
+    recipe, settings = BOTH["grpo"]
+    recipe(checkpoint(), tmp_path, rows(), settings(
+        steps=3, prompts_per_step=2, num_generations=4, micro_batch_prompts=2, save_steps=2),
+        POLICY, on_completions=tables.append)
+    assert [sorted(set(table["step"])) for table in tables] == [[1, 2], [3]]
+    assert all(len(table) == 8 * table["step"].nunique() for table in tables)
+    assert {"completion", "ueba_format", "ueba_accuracy"} <= set(tables[0].columns)
+    assert set(tables[0]["ueba_format"]) == {-1.0}, "an untrained policy writes no verdict"
+
+
 def test_a_damaged_checkpoint_is_passed_over(tmp_path):
     train("ppo", tmp_path, save_steps=2)
     newest = latest_checkpoint(tmp_path / "checkpoints")

@@ -132,20 +132,6 @@ def test_a_failed_write_of_predictions_leaves_nothing_behind(tmp_path, monkeypat
     assert sorted(path.name for path in run.path.iterdir()) == ["config.json", "provenance.json"]
 
 
-def test_the_latest_whole_checkpoint_is_found_and_half_written_ones_are_not(tmp_path):
-    run = open_run(tmp_path)
-    assert run.latest_checkpoint() is None
-    for step in (2, 9, 10, 11):
-        folder = run.checkpoints / f"checkpoint-{step}"
-        folder.mkdir(parents=True)
-        (folder / "trainer_state.json").write_text('{"global_step": 1}')
-        (folder / "critic.pt").write_bytes(b"weights")
-    (run.checkpoints / "checkpoint-11" / "trainer_state.json").write_text('{"global_st')
-    assert run.latest_checkpoint().name == "checkpoint-10"
-    (run.checkpoints / "checkpoint-10" / "critic.pt").unlink()
-    assert run.latest_checkpoint(also=("critic.pt",)).name == "checkpoint-9"
-
-
 # ------------------------------------------------------------ metrics
 
 def write_steps(log, first, last):

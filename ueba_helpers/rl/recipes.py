@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from datasets import Dataset, disable_progress_bars
 from peft import PeftModel
@@ -183,13 +184,15 @@ def reinforce(trainer_class: type[PolicyGradientTrainer], config, start: Path | 
               policy: PolicySettings, *, held_out: Sequence[Mapping] = (),
               evaluate_every: int = 20, on_held_out: OnStep | None = None,
               stop_on: Sequence[str] = (),
+              on_completions: Callable[[pd.DataFrame], None] | None = None,
               callbacks: Sequence[TrainerCallback] = ()) -> Trained:
     """Train by a policy-gradient trainer; `held_out` rows are judged greedily as it learns.
 
     Writes `metrics.jsonl` (fixed keys, alarms among them) and `timings.jsonl` into `out`.
     `on_held_out` receives macro-F1, the share of valid verdicts and the three-by-three counts at
     step 0 and every `evaluate_every` steps: a reward that rises while these do not is a hack, and
-    rings an alarm. Alarms named in `stop_on` end the training.
+    rings an alarm. Alarms named in `stop_on` end the training. `on_completions` receives what the
+    policy wrote since the last checkpoint, just before the next: step, completion, reward terms.
     """
     out = Path(out)
     _check_columns(rows)
@@ -214,6 +217,8 @@ def reinforce(trainer_class: type[PolicyGradientTrainer], config, start: Path | 
     if held_out:
         trainer.add_callback(_HeldOut(trainer, tokenizer, held_out, policy, evaluate_every,
                                       monitor, on_held_out))
+    if on_completions:
+        trainer.add_callback(_Completions(trainer, on_completions))
     checkpoint = latest_checkpoint(config.output_dir)
     if checkpoint and int(checkpoint.name.rpartition("-")[2]) >= settings.steps:
         # Killed after the last checkpoint: Trainer would train one step more than was asked for.
@@ -306,6 +311,25 @@ def _costs(trainer: PolicyGradientTrainer, timings: Path) -> dict:
             "steps": state.global_step, "tokens": int(state.num_input_tokens_seen),
             "completions": round(rollouts * args.generation_batch_size),
             "memory_bytes": memory_by_part(trainer)}
+
+
+class _Completions(TrainerCallback):
+    """Collect each step's completions and hand them on before a checkpoint is saved."""
+
+    def __init__(self, trainer, report):
+        self.trainer, self.report, self.tables = trainer, report, []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "reward" not in logs:
+            return
+        written = self.trainer._logs
+        self.tables.append(pd.DataFrame({"step": state.global_step,
+                                         "completion": list(written["completion"]),
+                                         **{name: list(values) for name, values
+                                            in written["rewards"].items()}}))
+        if control.should_save or state.global_step >= args.max_steps:
+            self.report(pd.concat(self.tables, ignore_index=True))
+            self.tables = []
 
 
 class _HeldOut(TrainerCallback):

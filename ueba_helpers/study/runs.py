@@ -30,7 +30,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -301,20 +301,6 @@ class RunFolder:
     def config(self) -> dict:
         return _read_json(self.path / "config.json")
 
-    def latest_checkpoint(self, *, also: Iterable[str] = ()) -> Path | None:
-        """Return the newest whole `checkpoints/checkpoint-<step>`, or None.
-
-        Whole means that `trainer_state.json`, which the trainer writes last, can be read, and
-        that every file named in `also` exists (a critic saved beside the policy, say).
-        """
-        found = []
-        for folder in self.checkpoints.glob("checkpoint-*"):
-            step = folder.name.rpartition("-")[2]
-            if step.isdigit() and _readable(folder / "trainer_state.json") and all(
-                    (folder / name).exists() for name in also):
-                found.append((int(step), folder))
-        return max(found)[1] if found else None
-
     def log(self, *, resumed_step: int = 0) -> "MetricsLog":
         """Return the writer of metrics.jsonl and timings.jsonl, cut back to the resumed step."""
         return MetricsLog(self.path, resumed_step=resumed_step)
@@ -408,13 +394,6 @@ def _read_json(path: Path) -> dict:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}). Delete the folder it lies in to make "
                         "it again.") from error
-
-
-def _readable(path: Path) -> bool:
-    try:
-        return bool(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return False
 
 
 def _read_lines(path: Path) -> pd.DataFrame:

@@ -291,11 +291,14 @@ class Study:
         step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
         with ResourceMonitor() as monitor:
             if method in recipes.METHODS:
+                earlier = [step]  # rows behind the resumed step are dropped, once
                 held_out = _HeldOutLog(folder.path / "held_out.jsonl", resumed_step=step)
                 trained = recipes.METHODS[method](
                     start, folder.path, self.rows(self.training_windows("rl")), settings,
                     self.profile.policy, held_out=self._watched(),
-                    evaluate_every=max(1, settings.steps // 6), on_held_out=held_out.write)
+                    evaluate_every=max(1, settings.steps // 6), on_held_out=held_out.write,
+                    on_completions=lambda rows: folder.add_completions(
+                        rows, resumed_step=earlier.pop() if earlier else None))
             else:
                 purpose = "cold" if method == "sft" else "all"
                 trained = recipes.sft(start, folder.path, self.demonstrations(purpose, settings),
