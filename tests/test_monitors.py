@@ -283,6 +283,7 @@ def test_a_metric_outside_the_keys_is_named_once(tmp_path, caplog):
 
 
 def test_an_alarm_can_stop_a_run(tmp_path, caplog):
+    caplog.set_level("INFO")
     limits = Thresholds(window=2, truncated_share=0.5)
     monitor = HealthMonitor(limits, stop_on=["truncation"])
     path = train("grpo", tmp_path / "stopped", monitor=monitor)

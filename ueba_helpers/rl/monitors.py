@@ -501,7 +501,7 @@ class HealthMonitor(TrainerCallback):
             self._observed = (step, found)
             self.alarms.extend(found)
             for alarm in found:
-                logger.warning("step %d, %s: %s", alarm.step, alarm.name, alarm.message)
+                logger.info("step %d, %s: %s", alarm.step, alarm.name, alarm.message)
         return self._observed[1]
 
     def on_train_begin(self, args, state, control, **kwargs):

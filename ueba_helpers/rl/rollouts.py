@@ -237,7 +237,8 @@ def predict(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Se
     return pd.DataFrame({
         "detector": detector, "seed": seed,
         "window_id": [row["window_id"] for row in rows],
-        "user": [row["user"] for row in rows], "day": [row["day"] for row in rows],
+        "user": [row["user"] for row in rows],
+        "day": list(pd.to_datetime([row["day"] for row in rows]).date),
         "split": split, "label": [row["label"] for row in rows],
         "risk": [v.risk if v.valid else "invalid" for v in verdicts],
         "score": [_malicious_score(v, p)

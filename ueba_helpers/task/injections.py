@@ -137,6 +137,6 @@ def flip_share(before: Sequence[str], after: Sequence[str]) -> float:
     >>> flip_share(["malicious", "normal"], ["normal", "normal"])
     0.5
     """
-    if len(before) != len(after) or not before:
+    if len(before) != len(after) or len(before) == 0:
         raise ValueError(f"two lists of one length are needed, got {len(before)}, {len(after)}")
     return sum(a != b for a, b in zip(before, after, strict=True)) / len(before)
