@@ -7,6 +7,7 @@ import pytest
 from transformers import TrainerCallback
 
 from tests.test_trainers import make
+from ueba_helpers.data.records import read_rows
 from ueba_helpers.errors import UserError
 from ueba_helpers.rl.monitors import (
     ALARMS,
@@ -18,7 +19,6 @@ from ueba_helpers.rl.monitors import (
     alarms,
     describe,
     metric_keys,
-    read_rows,
     repetition_share,
     text_metrics,
     unique_share,

@@ -9,7 +9,6 @@ every step, a metrics file that ends before the resumed step.
 """
 
 import functools
-import json
 import logging
 import math
 import statistics
@@ -22,7 +21,7 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from ueba_helpers.data.files import atomic_path
+from ueba_helpers.data.records import append_row, cut_rows, plain, read_rows
 from ueba_helpers.errors import UserError
 from ueba_helpers.task.rewards import (
     Completion,
@@ -528,37 +527,6 @@ def _is_training_row(logs: Mapping | None) -> bool:
     return bool(logs) and "loss" in logs and "grad_norm" in logs
 
 
-def read_rows(path: Path | str) -> list[dict]:
-    """Return the rows of a metrics.jsonl or timings.jsonl; a last line cut short is left out."""
-    rows = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:  # what a killed process was writing
-            break
-    return rows
-
-
-def _cut(path: Path, last_step: int) -> int:
-    """Drop the lines behind `last_step`, atomically; return the last step that is left."""
-    rows = [row for row in read_rows(path) if row["step"] <= last_step] if path.exists() else []
-    with atomic_path(path) as temporary:
-        temporary.write_text("".join(map(_line, rows)), encoding="utf-8")
-    return rows[-1]["step"] if rows else 0
-
-
-def _line(row: Mapping) -> str:
-    return json.dumps(row, allow_nan=False) + "\n"
-
-
-def _plain(value: object) -> object:
-    """Return a number as JSON writes it; what is not finite becomes None."""
-    number = _number(value)
-    if number is None:
-        return None
-    return int(number) if isinstance(value, int) else number
-
-
 class MetricsWriter(TrainerCallback):
     """Write one JSON line per optimiser step: metrics by fixed keys, times into another file.
 
@@ -592,12 +560,13 @@ class MetricsWriter(TrainerCallback):
         self._tokens = float(state.num_input_tokens_seen)
         if not state.is_world_process_zero:
             return
-        kept = _cut(self.path, state.global_step)
-        _cut(self.timings_path, state.global_step)
-        if kept != state.global_step:
-            raise UserError(f"{self.path} ends at step {kept} and training resumes at step "
+        kept = cut_rows(self.path, state.global_step)
+        last = kept[-1]["step"] if kept else 0
+        cut_rows(self.timings_path, state.global_step)
+        if last != state.global_step:
+            raise UserError(f"{self.path} ends at step {last} and training resumes at step "
                             f"{state.global_step}: begin the run again, or resume at or before "
-                            f"step {kept}.")
+                            f"step {last}.")
 
     def on_step_begin(self, args, state, control, **kwargs):
         """Start the clock."""
@@ -612,7 +581,7 @@ class MetricsWriter(TrainerCallback):
         if not (_is_training_row(logs) and state.is_world_process_zero):
             return
         seconds, step = self._seconds, state.global_step
-        row = {key: _plain(logs.get(key)) for key in self.keys}
+        row = {key: plain(logs.get(key)) for key in self.keys}
         if self.monitor is not None:
             row["held_out/macro_f1"] = self.monitor.held_out_at(step)
             row["alarms"] = [alarm.name for alarm in self.monitor.observe(step, logs)]
@@ -620,16 +589,11 @@ class MetricsWriter(TrainerCallback):
         if unknown:
             self._warned |= unknown
             logger.warning("not written to %s: %s", self.path.name, ", ".join(sorted(unknown)))
-        _append(self.path, {"step": step, **{key: row[key] for key in self.keys}})
+        append_row(self.path, {"step": step, **{key: row[key] for key in self.keys}})
         total = float(logs.get("num_tokens", self._tokens))
         tokens, self._tokens = total - self._tokens, total
-        _append(self.timings_path, {"step": step, "seconds": seconds,
-                                    "tokens_per_second": tokens / seconds if tokens else None})
-
-
-def _append(path: Path, row: Mapping) -> None:
-    with open(path, "a", encoding="utf-8") as stream:
-        stream.write(_line(row))
+        append_row(self.timings_path, {"step": step, "seconds": seconds,
+                                       "tokens_per_second": tokens / seconds if tokens else None})
 
 
 # -- measures of the text -------------------------------------------------------------------------

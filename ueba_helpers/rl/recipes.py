@@ -24,10 +24,11 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, Trai
 from trl import SFTConfig, SFTTrainer
 
 from ueba_helpers.data.files import atomic_path
+from ueba_helpers.data.records import read_rows
 from ueba_helpers.data.seeding import generator
 from ueba_helpers.errors import UserError
 from ueba_helpers.rl.checkpoints import latest_checkpoint
-from ueba_helpers.rl.monitors import HealthMonitor, MetricsWriter, metric_keys, read_rows
+from ueba_helpers.rl.monitors import HealthMonitor, MetricsWriter, metric_keys
 from ueba_helpers.rl.policies import load_policy, load_tokenizer, tensor_bytes
 from ueba_helpers.rl.rollouts import predict, tokenize_prompts
 from ueba_helpers.rl.settings import (

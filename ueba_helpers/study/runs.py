@@ -20,7 +20,6 @@ import ast
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import re
@@ -38,6 +37,7 @@ import pandas as pd
 import psutil
 
 from ueba_helpers.data.files import atomic_path, write_json
+from ueba_helpers.data.records import append_row, cut_rows, plain, read_rows
 from ueba_helpers.errors import UserError
 from ueba_helpers.study.config import Profile
 
@@ -307,11 +307,11 @@ class RunFolder:
 
     def metrics(self) -> pd.DataFrame:
         """Return metrics.jsonl as a table, one row per step (empty if nothing is logged)."""
-        return _read_lines(self.path / "metrics.jsonl")
+        return pd.DataFrame(read_rows(self.path / "metrics.jsonl"))
 
     def timings(self) -> pd.DataFrame:
         """Return timings.jsonl as a table, one row per step (empty if nothing is logged)."""
-        return _read_lines(self.path / "timings.jsonl")
+        return pd.DataFrame(read_rows(self.path / "timings.jsonl"))
 
     def add_completions(self, rows: pd.DataFrame, *, resumed_step: int | None = None) -> None:
         """Append rows (with a column `step`) to completions.parquet, atomically.
@@ -396,12 +396,6 @@ def _read_json(path: Path) -> dict:
                         "it again.") from error
 
 
-def _read_lines(path: Path) -> pd.DataFrame:
-    if not path.exists():
-        return pd.DataFrame()
-    return pd.DataFrame([json.loads(line) for line in path.read_text().splitlines()])
-
-
 def write_parquet(path: Path | str, table: pd.DataFrame) -> None:
     """Write a table as Parquet, atomically, without its index."""
     with atomic_path(path) as temporary:
@@ -423,26 +417,26 @@ class MetricsLog:
         self.timings_path = Path(folder) / "timings.jsonl"
         self.step = resumed_step
         self._keys: tuple[str, ...] | None = None
-        kept = _cut(self.metrics_path, resumed_step)
-        _cut(self.timings_path, resumed_step)
+        kept = cut_rows(self.metrics_path, resumed_step)
+        cut_rows(self.timings_path, resumed_step)
         if kept:
-            self._keys = tuple(json.loads(kept))[1:]
+            self._keys = tuple(kept[-1])[1:]
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Write one step's values; the names that are times go to timings.jsonl by themselves."""
         if step <= self.step:
             raise ValueError(f"step {step} is logged already (the last one is {self.step})")
-        plain = {key: _plain(value) for key, value in values.items()}
-        metrics = {key: plain[key] for key in sorted(plain) if not is_time(key)}
-        timings = {key: plain[key] for key in sorted(plain) if is_time(key)}
+        written = {key: plain(value) for key, value in values.items()}
+        metrics = {key: written[key] for key in sorted(written) if not is_time(key)}
+        timings = {key: written[key] for key in sorted(written) if is_time(key)}
         if self._keys is None:
             self._keys = tuple(metrics)
         if tuple(metrics) != self._keys:
             odd = sorted(set(metrics) ^ set(self._keys))
             raise ValueError(f"step {step}: the keys of metrics.jsonl are fixed by its first row; "
                              f"missing or new: {', '.join(odd)}")
-        _append(self.metrics_path, {"step": step, **metrics})
-        _append(self.timings_path, {"step": step, **timings})
+        append_row(self.metrics_path, {"step": step, **metrics})
+        append_row(self.timings_path, {"step": step, **timings})
         self.step = step
 
 
@@ -456,38 +450,6 @@ def is_time(name: str) -> bool:
     """
     words = re.split(r"[/_\s]", name)
     return any(set(word.split("_")) <= set(words) for word in TIME_WORDS)
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, bool | str) or value is None:
-        return value
-    number = float(value)
-    if not math.isfinite(number):
-        return None
-    return int(number) if isinstance(value, int) else number
-
-
-def _append(path: Path, row: Mapping) -> None:
-    with open(path, "a", encoding="utf-8") as stream:
-        stream.write(json.dumps(row, allow_nan=False) + "\n")
-
-
-def _cut(path: Path, last_step: int) -> str | None:
-    """Keep the whole lines up to `last_step`; return the last one kept."""
-    if not path.exists():
-        return None
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:  # the line a killed process was writing
-            break
-        if row["step"] > last_step:
-            break
-        kept.append(line)
-    with atomic_path(path) as temporary:
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    return kept[-1] if kept else None
 
 
 # ---------------------------------------------------------------- resources

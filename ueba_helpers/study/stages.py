@@ -18,7 +18,8 @@ from pathlib import Path
 import pandas as pd
 
 from ueba_helpers.data import cert, simulate, splits, windows
-from ueba_helpers.data.files import atomic_path, write_json
+from ueba_helpers.data.files import write_json
+from ueba_helpers.data.records import append_row, cut_rows
 from ueba_helpers.data.windows import Window
 from ueba_helpers.errors import UserError
 from ueba_helpers.study import evaluation
@@ -422,16 +423,10 @@ class _HeldOutLog:
 
     def __init__(self, path: Path, *, resumed_step: int):
         self.path = path
-        from ueba_helpers.rl.monitors import read_rows
-
-        rows = read_rows(path) if path.exists() and resumed_step else []
-        with atomic_path(path) as temporary:
-            temporary.write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in rows
-                                         if row["step"] <= resumed_step))
+        cut_rows(path, resumed_step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        with open(self.path, "a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"step": step, **values}, sort_keys=True) + "\n")
+        append_row(self.path, {"step": step, **{key: values[key] for key in sorted(values)}})
 
 
 def open_study(profile: str, seed: int = 0, data: str = "", runs: str = "../runs") -> Study:
