@@ -208,7 +208,7 @@ def test_pickled_weights_are_not_read(tmp_path):
     model, _ = policy()
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(OSError, match="safetensors"):
+    with pytest.raises(UserError, match="safetensors"):
         load_policy(tmp_path, SETTINGS)
 
 
