@@ -376,8 +376,10 @@ def test_a_runner_that_is_ended_leaves_no_process_behind(tmp_path, study, enviro
             f"stage = Stage(name='wait', call='toy_stages:wait', "
             f"parameters={{'study': {str(study)!r}}}); "
             f"run_stages([stage], study={str(study)!r})")
-    runner = subprocess.Popen([sys.executable, "-c", code], env=environment,
-                              stderr=subprocess.DEVNULL)
+    # A suite started in the background by a shell inherits an ignored SIGINT, and so would this.
+    runner = subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     pid = wait_for(lambda: int((study / "pid").read_text()))
     runner.send_signal(ending)
     runner.wait(timeout=120)
