@@ -318,28 +318,27 @@ class Study:
 
     def policy(self, method: str):
         """Return a trained policy and its tokenizer ("base" is the untrained one)."""
-        from ueba_helpers.rl import recipes
         from ueba_helpers.rl.policies import load_policy, load_tokenizer
 
         if method == "base":
             settings = replace(self.profile.policy, lora_rank=0)
             return (load_policy(self.base_policy, settings), load_tokenizer(self.base_policy))
-        folder = self.run(method)
-        name = "adapter" if folder.adapter.exists() else "policy"
-        model = recipes.load_trained(folder.path / name, self.start_of(method),
-                                     self.profile.policy)
-        return model, load_tokenizer(folder.path / name)
+        return self._trained_policy(method, self.run(method))
 
-    def _predicted(self, method: str, folder: RunFolder, split: str) -> pd.DataFrame:
+    def _trained_policy(self, method: str, folder: RunFolder):
         from ueba_helpers.rl import recipes
         from ueba_helpers.rl.policies import load_tokenizer
+
+        path = folder.adapter if folder.adapter.exists() else folder.path / "policy"
+        model = recipes.load_trained(path, self.start_of(method), self.profile.policy)
+        return model, load_tokenizer(path)
+
+    def _predicted(self, method: str, folder: RunFolder, split: str) -> pd.DataFrame:
         from ueba_helpers.rl.rollouts import predict
 
-        name = "adapter" if folder.adapter.exists() else "policy"
-        model = recipes.load_trained(folder.path / name, self.start_of(method),
-                                     self.profile.policy)
-        return predict(model, load_tokenizer(folder.path / name), self.judged_rows(split),
-                       detector=method, seed=self.seed, split=split,
+        model, tokenizer = self._trained_policy(method, folder)
+        return predict(model, tokenizer, self.judged_rows(split), detector=method,
+                       seed=self.seed, split=split,
                        max_new_tokens=self.profile.policy.max_completion_tokens,
                        batch_size=self.profile.evaluation.batch_size)
 
