@@ -73,16 +73,14 @@ def shareable(model: nn.Module) -> str | None:
 
 
 def prefill(backbone: nn.Module, groups: PromptGroups) -> tuple[DynamicCache, Tensor]:
-    """Run each distinct prompt once; return the cache per row and the last state `(B, 1, H)`."""
+    """Run each of N distinct prompts once; return their cache and last states `(N, 1, H)`."""
     cache = DynamicCache(config=backbone.config)
     positions = (groups.mask.long().cumsum(1) - 1).clamp(min=0)
     output = backbone(input_ids=groups.ids, attention_mask=groups.mask, position_ids=positions,
                       past_key_values=cache, use_cache=True)
     if cache.get_seq_length() != groups.ids.size(1):
         raise RuntimeError(f"{type(backbone).__name__} filled no cache: take the plain path")
-    if groups.shared:
-        cache.batch_select_indices(groups.index)
-    return cache, output.last_hidden_state[:, -1:][groups.index]
+    return cache, output.last_hidden_state[:, -1:]
 
 
 def completion_states(backbone: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor,
@@ -90,6 +88,9 @@ def completion_states(backbone: nn.Module, prompt_ids: Tensor, prompt_mask: Tens
     """Return `(B, T, H)` states: entry t has seen the prompt and the completion before token t."""
     groups = group_prompts(prompt_ids, prompt_mask)
     cache, last = prefill(backbone, groups)
+    if groups.shared:
+        cache.batch_select_indices(groups.index)
+    last = last[groups.index]
     steps = completion_ids.size(1) - 1
     if steps == 0:
         return last

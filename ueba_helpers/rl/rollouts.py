@@ -1,8 +1,8 @@
 """Windows to completions to verdicts: the one road for training and evaluation.
 
 In: a causal language model and prompts as token ids. Out: completions with the log-probabilities
-they were sampled at, and the predictions table of a detector. Each prompt is prefilled once, its
-cache repeated for all its completions, and rows that have ended leave the batch.
+they were sampled at, and the predictions table of a detector. Each prompt is prefilled and its
+keys are stored once for all its completions; prompts whose completions have ended leave the batch.
 
 Sampling inverts the cumulative distribution with one uniform number per (completion, token),
 drawn beforehand: a completion depends on its own numbers and nothing else, neither on its
@@ -66,7 +66,7 @@ def pad_right(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device |
 def generate(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
              eos_token_ids: Sequence[int], pad_token_id: int, temperature: float = 1.0,
              uniforms: np.ndarray | None = None) -> Completions:
-    """Complete each prompt (token ids); equal neighbours share one prefill.
+    """Complete each prompt (token ids); equal neighbours share one prefill and one cache row.
 
     With `uniforms` `(B, max_new_tokens)` in [0, 1) tokens are sampled at `temperature`; without
     it the most probable token is taken and log-probabilities are at temperature 1.
@@ -85,37 +85,60 @@ def generate(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, max_ne
 
 
 def _decode(model, prompt_ids, prompt_mask, max_new_tokens, eos_ids, temperature, uniforms):
+    """Decode all completions of a prompt in one row `(N, W)`, W the largest group.
+
+    The keys of a prompt are stored once. Each step adds W keys to a row, one per completion, and
+    a mask lets completion w see the prompt and every W-th key from its own first one on.
+    """
     backbone, head = backbone_of(model), model.get_output_embeddings()
     groups = group_prompts(prompt_ids, prompt_mask)
     cache, states = prefill(backbone, groups)
-    mask = groups.mask[groups.index]
-    positions = mask.sum(1)
-    rows = torch.arange(mask.size(0), device=mask.device)
-    draws = None if uniforms is None else torch.as_tensor(uniforms, device=mask.device)
-    ids: list[list[int]] = [[] for _ in range(mask.size(0))]
-    log_probs: list[list[float]] = [[] for _ in range(mask.size(0))]
+    device, total = prompt_ids.device, groups.index.numel()
+    sizes = groups.index.bincount()
+    width = int(sizes.max())
+    slots = torch.arange(width, device=device)
+    alive = slots < sizes.unsqueeze(1)
+    first = (sizes.cumsum(0) - sizes).unsqueeze(1)
+    rows = first + slots
+    states = states.expand(-1, width, -1)
+    positions = groups.mask.sum(1, keepdim=True).expand(-1, width)
+    mask = groups.mask if width == 1 else _bias(groups.mask.bool(), model.dtype)[
+        :, None, None].expand(-1, 1, width, -1)
+    own = groups.mask.new_ones(1, 1) if width == 1 else _bias(
+        slots == slots.unsqueeze(1), model.dtype)[None, None]
+    draws = None if uniforms is None else torch.as_tensor(uniforms, device=device)
+    ids: list[list[int]] = [[] for _ in range(total)]
+    log_probs: list[list[float]] = [[] for _ in range(total)]
     for step in range(max_new_tokens):
-        logits = head(states[:, -1]).float()
+        logits = head(states[alive]).float()
         scaled = (logits if draws is None else logits / temperature).log_softmax(-1)
-        tokens = scaled.argmax(-1) if draws is None else _invert(scaled.exp(), draws[rows, step])
-        chosen = scaled.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-        for row, token, value in zip(rows.tolist(), tokens.tolist(), chosen.tolist(),
+        chosen = scaled.argmax(-1) if draws is None else _invert(scaled.exp(),
+                                                                 draws[rows[alive], step])
+        values = scaled.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+        for row, token, value in zip(rows[alive].tolist(), chosen.tolist(), values.tolist(),
                                      strict=True):
             ids[row].append(token)
             log_probs[row].append(value)
-        alive = ~torch.isin(tokens, eos_ids)
-        if step + 1 == max_new_tokens or not alive.any():
+        tokens = torch.zeros_like(rows).masked_scatter(alive, chosen)
+        alive = alive.masked_scatter(alive, ~torch.isin(chosen, eos_ids))
+        keep = alive.any(1)
+        if step + 1 == max_new_tokens or not keep.any():
             break
-        if not alive.all():
-            keep = alive.nonzero().squeeze(-1)
-            cache.batch_select_indices(keep)
-            rows, tokens, mask, positions = rows[keep], tokens[keep], mask[keep], positions[keep]
-        mask = torch.cat([mask, mask.new_ones(mask.size(0), 1)], 1)
-        states = backbone(input_ids=tokens.unsqueeze(-1), attention_mask=mask,
-                          position_ids=positions.unsqueeze(-1), past_key_values=cache,
-                          use_cache=True).last_hidden_state
+        if not keep.all():
+            cache.batch_select_indices(keep.nonzero().squeeze(-1))
+            alive, rows, tokens, mask, positions = (
+                x[keep] for x in (alive, rows, tokens, mask, positions))
+        mask = torch.cat([mask, own.expand(*mask.shape[:-1], -1)], -1)
+        states = backbone(input_ids=tokens, attention_mask=mask, position_ids=positions,
+                          past_key_values=cache, use_cache=True).last_hidden_state
         positions = positions + 1
     return Completions(ids, log_probs)
+
+
+def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what attention adds to its scores: zero where `seen`, else the least number."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(
+        ~seen, torch.finfo(dtype).min)
 
 
 def _invert(probabilities: Tensor, draws: Tensor) -> Tensor:

@@ -248,6 +248,8 @@ class PolicyGradientTrainer(trl.GRPOTrainer):
                 and not self.use_transformers_continuous_batching and not self._is_vlm
                 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
                 and not self.args.gradient_checkpointing
+                # a block mask keeps the completions of a prompt apart
+                and self._bare_model().config._attn_implementation in ("sdpa", "eager")
                 and shareable(self._bare_model()) is None)
 
     @property
