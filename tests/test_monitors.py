@@ -36,7 +36,8 @@ def curve(length=60, **changes):
         "clip_ratio/region_mean": 0.05, "ratio/max": 1.4, "critic/explained_variance": 0.4,
         "critic/value_mean": 0.3, "critic/return_mean": 0.35, "critic/grad_norm": 0.8,
         "critic/value_loss": 0.1, "text/label_entropy": 0.9, "text/unique_share": 0.8,
-        "text/repetition": 0.05, "text/copy_rate": 0.1,
+        "text/repetition": 0.05, "text/copy_rate": 0.1, "text/labels_per_answer": 1.0,
+        "text/valid_share": 0.98, "text/cited_share": 0.25,
     }
     columns = {**healthy, **changes}
     return [{"step": i, **{key: value(i) if callable(value) else value
@@ -76,6 +77,9 @@ SICK = {
     "critic_gradient": ({"critic/grad_norm": lambda i: 0.8 if i < 40 else 4.1},
                         {"critic/grad_norm": lambda i: 0.8 if i < 40 else 3.9}),
     "one_label": ({"text/label_entropy": 0.1}, {"text/label_entropy": 0.3}),
+    "all_labels": ({"text/labels_per_answer": 1.6}, {"text/labels_per_answer": 1.4}),
+    "invalid": ({"text/valid_share": 0.79}, {"text/valid_share": 0.81}),
+    "citing": ({"text/cited_share": 0.71}, {"text/cited_share": 0.69}),
     "sameness": ({"text/unique_share": 0.05}, {"text/unique_share": 0.2}),
     "repetition": ({"text/repetition": 0.6}, {"text/repetition": 0.4}),
     "copying": ({"text/copy_rate": 0.6}, {"text/copy_rate": 0.4}),
@@ -318,11 +322,15 @@ VERDICT = ('{"evidence": ["e1", "e2"], "features": ["usual_hours", "usual_web"],
 
 def test_text_metrics_by_hand():
     completions = [VERDICT % "normal", VERDICT % "normal", VERDICT % "malicious", "one two one"]
-    found = text_metrics(completions, ["one two one"] * 4, evidence_ids=[["e1", "e2"]] * 4)
+    shown = [["e1", "e2"], ["e1", "e2", "e3", "e4"], ["e1", "e2"], ["e1", "e2"]]
+    found = text_metrics(completions, ["one two one"] * 4, evidence_ids=shown)
     assert found["text/citations"] == 2
     assert found["text/valid_share"] == 0.75
     assert found["text/unique_share"] == 0.75
-    assert found["text/label_entropy"] == pytest.approx(1.5 * math.log(2))
+    assert found["text/cited_share"] == pytest.approx((1 + 0.5 + 1) / 3)
+    assert found["text/labels_per_answer"] == 0.75
+    assert found["text/label_entropy"] == pytest.approx(
+        math.log(3) - 2 / 3 * math.log(2)), "what is invalid says no risk"
     assert found["text/repetition"] == 0
     assert found["text/copy_rate"] == 0, "three words hold no run of six"
     assert set(found) == {key for key in METRICS if key.startswith("text/")}

@@ -94,6 +94,8 @@ def test_the_same_seed_gives_the_same_bytes(method, tmp_path):
     assert first != other
     assert b"seconds" not in first and b"time" not in first
     assert len(first.splitlines()) == 4
+    row = json.loads(first.splitlines()[0])
+    assert 0 <= row["text/valid_share"] <= 1 and row["text/labels_per_answer"] is not None
 
 
 @pytest.mark.parametrize("method", BOTH)

@@ -30,6 +30,7 @@ from ueba_helpers.task.rewards import (
     completion_text,
     copy_rate,
     label_entropy,
+    labels_per_answer,
     verdicts_of,
 )
 
@@ -97,9 +98,12 @@ METRICS: dict[str, tuple[str, str]] = {
     "text/repetition": ("Mean share of a completion's word triples that it has said before.",
                         "share"),
     "text/unique_share": ("Distinct completions over completions.", "share"),
-    "text/label_entropy": ("Entropy of the risks said, invalid as a fourth.", "nats"),
+    "text/label_entropy": ("Entropy of the risks that valid verdicts say.", "nats"),
+    "text/labels_per_answer": ("Mean number of different risk labels a completion names.",
+                               "labels"),
     "text/valid_share": ("Share of completions that are valid verdicts.", "share"),
     "text/citations": ("Mean number of items that a valid verdict cites.", "items"),
+    "text/cited_share": ("Mean share of the items shown that a valid verdict cites.", "share"),
     "text/copy_rate": ("Mean share of a completion's runs of six words that stand in its prompt.",
                        "share"),
     "held_out/macro_f1": ("Macro-F1 on held-out windows, on steps where it is measured.", "1"),
@@ -190,6 +194,9 @@ class Thresholds:
     reward_rise: float = 0.05  # own choice, in reward units
     macro_f1_rise: float = 0.005  # own choice
     label_entropy: float = 0.2  # nats; three balanced labels have 1.10 (own choice)
+    labels_per_answer: float = 1.5  # an answer has one label (own choice)
+    valid_share: float = 0.8  # own choice; a good start has 0.97
+    cited_share: float = 0.7  # own choice: honest verdicts cite a quarter of the items
     unique_share: float = 0.1  # own choice: all of G = 8 completions equal gives 0.125
     repetition: float = 0.5  # own choice
     copy_rate: float = 0.5  # own choice
@@ -401,6 +408,27 @@ class Health:
         return (f"Nearly all verdicts say the same risk (entropy {now:.2f} nats): check that no "
                 "constant answer pays.")
 
+    def _all_labels(self) -> str | None:
+        now = self._mean("text/labels_per_answer")
+        if now is None or now <= self.thresholds.labels_per_answer:
+            return None
+        return (f"A completion names {now:.1f} different risks: a reward that looks for the right "
+                "word anywhere is paid by naming them all.")
+
+    def _invalid(self) -> str | None:
+        now = self._mean("text/valid_share")
+        if now is None or now >= self.thresholds.valid_share:
+            return None
+        return (f"Only {now:.0%} of the completions are valid verdicts: the format is being "
+                "forgotten, or does not pay.")
+
+    def _citing(self) -> str | None:
+        now = self._mean("text/cited_share")
+        if now is None or now <= self.thresholds.cited_share:
+            return None
+        return (f"Verdicts cite {now:.0%} of the items they are shown: check that false citations "
+                "cost something.")
+
     def _sameness(self) -> str | None:
         now = self._mean("text/unique_share")
         if now is None or now >= self.thresholds.unique_share:
@@ -435,6 +463,9 @@ _CHECKS: dict[str, tuple[str, Callable[[Health], str | None]]] = {
     "critic_gradient": ("critical", Health._critic_gradient),
     "hack_suspicion": ("critical", Health._hack),
     "one_label": ("warning", Health._one_label),
+    "all_labels": ("warning", Health._all_labels),
+    "invalid": ("warning", Health._invalid),
+    "citing": ("warning", Health._citing),
     "sameness": ("warning", Health._sameness),
     "repetition": ("warning", Health._repetition),
     "copying": ("warning", Health._copying),
@@ -647,13 +678,18 @@ def text_metrics(completions: Sequence[Completion], prompts: Sequence[Completion
              else " ".join(str(message.get("content") or "") for message in prompt)
              for prompt in prompts]
     verdicts = verdicts_of(completions, evidence_ids, style)
+    cited = [len(verdict.evidence) / len(ids)
+             for verdict, ids in zip(verdicts, evidence_ids, strict=True) if verdict.valid and ids]
     count = max(1, len(texts))
     return {
         "text/repetition": math.fsum(map(repetition_share, texts)) / count,
         "text/unique_share": unique_share(texts),
-        "text/label_entropy": label_entropy([verdict.risk for verdict in verdicts]),
+        "text/label_entropy": label_entropy([v.risk for v in verdicts if v.valid])
+        if any(verdict.valid for verdict in verdicts) else math.nan,
+        "text/labels_per_answer": labels_per_answer(completions),
         "text/valid_share": sum(verdict.valid for verdict in verdicts) / count,
         "text/citations": citations_per_answer(verdicts),
+        "text/cited_share": statistics.fmean(cited) if cited else math.nan,
         "text/copy_rate": math.fsum(map(copy_rate, texts, shown)) / count,
     }
 

@@ -28,7 +28,12 @@ from ueba_helpers.data.records import read_rows
 from ueba_helpers.data.seeding import generator
 from ueba_helpers.errors import UserError
 from ueba_helpers.rl.checkpoints import latest_checkpoint
-from ueba_helpers.rl.monitors import HealthMonitor, MetricsWriter, metric_keys
+from ueba_helpers.rl.monitors import (
+    HealthMonitor,
+    MetricsWriter,
+    metric_keys,
+    with_text_metrics,
+)
 from ueba_helpers.rl.policies import load_policy, load_tokenizer, tensor_bytes
 from ueba_helpers.rl.rollouts import predict, tokenize_prompts
 from ueba_helpers.rl.settings import (
@@ -201,8 +206,9 @@ def reinforce(trainer_class: type[PolicyGradientTrainer], config, start: Path | 
     tokenize_prompts(tokenizer, [row["prompt"] for row in rows],
                      max_prompt_tokens=policy.max_prompt_tokens)
     model = load_policy(start, policy)
+    first, *others = (term for term, _ in REWARD_SETS[settings.rewards])
     trainer = trainer_class(
-        model=model, reward_funcs=[term for term, _ in REWARD_SETS[settings.rewards]],
+        model=model, reward_funcs=[with_text_metrics(first), *others],
         args=config, processing_class=tokenizer,
         train_dataset=Dataset.from_list([{name: row[name] for name in REWARD_COLUMNS}
                                          for row in rows]),
@@ -214,7 +220,7 @@ def reinforce(trainer_class: type[PolicyGradientTrainer], config, start: Path | 
     trainer.add_callback(MetricsWriter(
         metrics, out / "timings.jsonl", monitor=monitor,
         keys=metric_keys(trainer._name.lower(), trainer.reward_func_names,
-                         kl_in_loss=bool(trainer.beta))))
+                         kl_in_loss=bool(trainer.beta), text=True)))
     if held_out:
         trainer.add_callback(_HeldOut(trainer, tokenizer, held_out, policy, evaluate_every,
                                       monitor, on_held_out))
