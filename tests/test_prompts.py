@@ -49,9 +49,9 @@ def test_a_prompt_has_headings_and_one_line_per_item_in_time_order():
 
 
 def test_an_item_line_reads_as_designed():
-    item = make_item(3, "file", "22:14", "22:40", "PC-9", detail="doc", n=12,
+    item = make_item(3, "file", "22:14", "22:40", "PC-9", detail="office", n=12,
                      facts=("new pc", "after hours"))
-    assert prompts.item_line(item, {"PC-9": "pc2"}) == "e3 22:14-22:40 file pc2 x12 doc new_pc " \
+    assert prompts.item_line(item, {"PC-9": "pc2"}) == "e3 22:14-22:40 file pc2 x12 office new_pc " \
                                                        "after_hours"
     plain = make_item(1, "logon", "08:00", "08:00", "PC-1", facts=("own pc",))
     assert prompts.item_line(plain, {"PC-1": "pc1"}) == "e1 08:00 logon pc1"

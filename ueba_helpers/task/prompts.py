@@ -5,10 +5,12 @@ and reward functions receive (`prompt_dataset`), reference verdicts for the cold
 (`target_verdict`) and prompts with items deleted (`without_items`).
 
 Everything that comes from the logs may have been written by the person under suspicion: file names,
-hosts, domains. Words of the study's own vocabulary stand in a prompt as they are; any other text is
-put between single quotes, percent-encoded so that it holds no space, line break, bracket, quote or
-template marker, cannot look like an item id, a host code or a time, and is cut. Accounts and hosts
-are replaced by codes unless `pseudonym_key=None`; `reveal` turns them back.
+hosts, domains, LDAP fields. Only what `data.windows` itself writes stands in a prompt as it is:
+each part of a line is matched in full against the closed set of what its place may hold (`_FACTS`,
+`_DETAILS`, roles and departments made of `_ORGANISATION` words). Any other text, whatever its
+words, is put between single quotes, percent-encoded so that it holds no space, line break, bracket,
+quote or template marker, cannot look like an item id, a host code or a time, and is cut. Accounts
+and hosts are replaced by codes unless `pseudonym_key=None`; `reveal` turns them back.
 
 What ranks items when a prompt must be shortened is visible in the prompt (kind and facts), never
 the truth. Refused: a budget that not even an empty day fits into.
@@ -17,12 +19,14 @@ the truth. Refused: a budget that not even an empty day fits into.
 import base64
 import hashlib
 import hmac
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from urllib.parse import quote, unquote
 
-from ueba_helpers.data.windows import FEATURES, Evidence, Window
+from ueba_helpers.data.cert import WEB_CATEGORIES
+from ueba_helpers.data.windows import FEATURES, PAST_FEATURES, WEEK_FEATURES, Evidence, Window
 from ueba_helpers.errors import UserError
 from ueba_helpers.task.verdicts import RISKS, format_section, render_verdict
 
@@ -30,24 +34,47 @@ MAX_ITEMS = 12
 CITED = 3  # how many items, and features, a reference verdict names
 USUAL_FEATURES = frozenset(name for name in FEATURES
                            if name.startswith(("usual_", "own_", "no_")))
-DEFAULT_KEY = "study"
+SIMULATED_KEY = "study"  # public on purpose: behind simulated accounts there is nobody to protect
 
 _DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 _FIELD_CHARS = 28
 _KIND_RANK = {"device": 4, "file": 4, "logon": 2, "email": 2, "http": 1, "logoff": 0}
 
-# The words that the study itself writes into details and facts; other text is a field of a log.
-_OWN_WORDS = """
-    own other new pc no connect disconnect after before hours usual first time rare more than
-    recipients attachments internal external competitor job leak hack cloud social news
-    doc docx pdf xls xlsx ppt txt jpg png zip exe dll office image archive program text document
+# What `data.windows` may write into an item, by kind of item; a fact about the host stands first.
+_HABIT = "first time|rare|usual"
+_OWN_PC = "own pc"
+_PC_FACTS = frozenset({_OWN_PC, "other pc", "new pc"})
+_FACTS = {
+    "logon": "after hours|[1-9][0-9]? hours (?:before|after) usual",
+    "logoff": "after hours",
+    "device": f"after hours|{_HABIT}|more than usual",
+    "file": f"after hours|{_HABIT}|more than before",
+    "email": f"after hours|{_HABIT}|more than before|[1-9][0-9]{{0,4}} (?:recipients|attachments)",
+    "http": f"after hours|{_HABIT}",
+}
+_DETAILS = {
+    "device": frozenset({"no connect", "no disconnect"}),
+    "file": frozenset({"exe", "archive", "image", "office"}),
+    "email": frozenset({"competitor", "external", "internal"}),
+    "http": frozenset(WEB_CATEGORIES),
+}
+_ITEM_ID = re.compile(r"e[1-9][0-9]*")
+_TIME = re.compile(r"[0-9]{2}:[0-9]{2}")
+# Roles and departments of the CERT releases are made of these words ("ITAdmin", "1 - Research").
+_ORGANISATION = """
+    Accountant Accounting Admin Administration Administrative Analyst And Assembly Assistant
+    Attorney Chemical Clerk Computer Contracts Coordinator Developer Director Electrical Engineer
+    Engineering Equipment Field Finance Financial Hardware Human IT Industrial Instructional Lab
+    Legal Line Maintenance Management Manager Manufacturing Marketing Materials Mathematician
+    Mechanical Medical Nurse Payroll Physicist Planning Practitioner President Production
+    Programmer Purchasing Quality Research Resource Resources Sales Salesman Scientist Security
+    Guard Service Software Specialist Staff Statistician Supervisor Systems Technician Test Vice
+    Worker
 """
-VOCABULARY = frozenset(_OWN_WORDS.split())
+_LABEL = re.compile("unknown|(?:[0-9] - )?(?:" + "|".join(_ORGANISATION.split()) + "){1,4}")
 _ROUTINE = frozenset({"own pc", "other pc", "usual", "recipients", "attachments"})
 _TELLING_DETAILS = {"leak": 20, "hack": 20, "exe": 15, "job": 10, "competitor": 10, "cloud": 5,
                     "external": 2}
-_OWN_PC = "own pc"
-_WORD = re.compile(r"[a-z]+|x?[0-9]+(?:\.[0-9]+)?(?:kb|mb)?")
 _FORGED = re.compile(r"(?i)(?<![a-z0-9])(?:e|x|pc-?|a-)(?=[0-9])|(?i:a)(?=-[a-z2-7]{4}\b)")
 
 
@@ -92,18 +119,33 @@ def unescape_field(word: str) -> str:
     return unquote(word.strip("'").rstrip("~"), errors="surrogatepass")
 
 
-def _phrase(text: str, *, joined: bool = False) -> str:
-    """Return the study's own words as they are, and any other text escaped."""
-    words = str(text).split(" ")
-    if all(word in VOCABULARY or _number(word) for word in words):
-        text = " ".join(words)
-        return re.sub(r"(?<=[a-z]) (?=[a-z])", "_", text) if joined else text
-    return escape_field(text)
+def _own(text: str, trusted: bool) -> str:
+    return text if trusted else escape_field(text)
 
 
-def _number(word: str) -> bool:
-    found = _WORD.fullmatch(word)
-    return found is not None and word[-1:].isdigit() and len(word) <= 8
+def _time(text: str) -> str:
+    return _own(text, _TIME.fullmatch(text) is not None)
+
+
+def _id(item: Evidence) -> str:
+    return _own(item.id, _ITEM_ID.fullmatch(item.id) is not None)
+
+
+def _kind(item: Evidence) -> str:
+    return _own(item.kind, item.kind in _KIND_RANK)
+
+
+def _on_own_pc(item: Evidence) -> bool:
+    return bool(item.pc) and item.facts[:1] == (_OWN_PC,)
+
+
+def _fact_words(item: Evidence) -> Iterable[str]:
+    """Yield the facts as words of the line; "own pc" is left to the host code, which says it."""
+    shapes = _FACTS.get(item.kind, "(?!)")
+    for i, fact in enumerate(item.facts[_on_own_pc(item):], start=_on_own_pc(item)):
+        first = i == 0 and bool(item.pc) and fact in _PC_FACTS
+        known = first or re.fullmatch(shapes, fact) is not None
+        yield _own(re.sub("(?<=[a-z]) (?=[a-z])", "_", fact) if known else fact, known)
 
 
 def host_codes(window: Window) -> dict[str, str]:
@@ -112,7 +154,7 @@ def host_codes(window: Window) -> dict[str, str]:
     Hosts that an item calls "own pc" come first. A window without such an item has no `pc1`.
     """
     order = list(dict.fromkeys(item.pc for item in window.evidence if item.pc))
-    usual = {item.pc for item in window.evidence if _OWN_PC in item.facts}
+    usual = {item.pc for item in window.evidence if _on_own_pc(item)}
     own = [pc for pc in order if pc in usual]
     codes = {pc: f"pc{i}" for i, pc in enumerate(own, 1)}
     other = (pc for pc in order if pc not in codes)
@@ -122,15 +164,16 @@ def host_codes(window: Window) -> dict[str, str]:
 def account_code(window: Window, pseudonym_key: str) -> str:
     """Return the account's code in this window's prompt, `a-` and four base-32 characters.
 
-    The code is an HMAC-SHA256 of the window id under the run's key: without the key nobody can
-    tell whose it is, and two days of one account carry different codes, so that a policy cannot
-    learn an account by heart.
+    The code is an HMAC-SHA256 of the window id under the key. Two days of one account carry
+    different codes, so that a policy cannot learn an account by heart. Whose code it is can be
+    told by nobody without the key, if the key is a secret (`study.pseudonyms.study_key`);
+    `SIMULATED_KEY` hides nothing.
     """
     digest = hmac.new(pseudonym_key.encode(), window.window_id.encode(), hashlib.sha256).digest()
     return "a-" + base64.b32encode(digest)[:4].decode().lower()
 
 
-def reveal(text: str, window: Window, *, pseudonym_key: str = DEFAULT_KEY) -> str:
+def reveal(text: str, window: Window, *, pseudonym_key: str = SIMULATED_KEY) -> str:
     """Return `text` about this window with the account's and the hosts' real names put back.
 
     Raises `UserError` if the text carries the account code of another window or another key.
@@ -146,16 +189,17 @@ def reveal(text: str, window: Window, *, pseudonym_key: str = DEFAULT_KEY) -> st
 
 def item_line(item: Evidence, codes: dict[str, str]) -> str:
     """Return one evidence line: id, time or span, kind, host, count, detail and facts."""
-    span = item.start if item.end in ("", item.start, None) else f"{item.start}-{item.end}"
-    parts = [item.id, span, item.kind]
+    span = _time(item.start)
+    if item.end not in ("", item.start, None):
+        span += f"-{_time(item.end)}"
+    parts = [_id(item), span, _kind(item)]
     if item.pc:
         parts.append(codes[item.pc])
     if item.n > 1:
-        parts.append(f"x{item.n}")
+        parts.append(f"x{int(item.n)}")
     if item.detail:
-        parts.append(_phrase(item.detail))
-    parts += [_phrase(fact, joined=True) for fact in item.facts if fact != _OWN_PC]
-    return " ".join(parts)
+        parts.append(_own(item.detail, item.detail in _DETAILS.get(item.kind, ())))
+    return " ".join([*parts, *_fact_words(item)])
 
 
 def _codes(window: Window, pseudonym_key: str | None) -> tuple[str, dict[str, str]]:
@@ -170,7 +214,7 @@ def _name(text: str) -> str:
 
 
 def _label(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9]+", "_", text)[:_FIELD_CHARS].strip("_")
+    return text.replace(" - ", "_") if _LABEL.fullmatch(text) else escape_field(text)
 
 
 def _clock(hours: float) -> str:
@@ -179,23 +223,23 @@ def _clock(hours: float) -> str:
 
 
 def _value(name: str, value: object) -> str:
-    if value is None or value != value:
-        return "-"
     if isinstance(value, str):
-        return value if re.fullmatch(r"[0-9]{2}:[0-9]{2}", value) else escape_field(value)
+        return _time(value)
+    if value is None or not math.isfinite(value):
+        return "-"
     if name.endswith("_hour"):
         return _clock(value)
     return f"{value:.0f}" if value == round(value) or abs(value) >= 1 else f"{value:.1f}"
 
 
-def _facts_line(title: str, values: dict) -> str:
-    prefix = title + "_"
-    shown = (f"{key.removeprefix(prefix)} {_value(key, value)}" for key, value in values.items())
+def _facts_line(title: str, names: Collection[str], values: dict) -> str:
+    shown = (f"{key.removeprefix(title + '_') if key in names else escape_field(key)} "
+             f"{_value(key, value)}" for key, value in values.items())
     return f"{title} " + " ".join(shown)
 
 
 def window_messages(window: Window, *, max_items: int = MAX_ITEMS,
-                    pseudonym_key: str | None = DEFAULT_KEY, style: str = "evidence_first",
+                    pseudonym_key: str | None = SIMULATED_KEY, style: str = "evidence_first",
                     list_features: bool = False) -> list[dict]:
     """Return the system and user message of a window; `pseudonym_key=None` keeps real names.
 
@@ -206,11 +250,12 @@ def window_messages(window: Window, *, max_items: int = MAX_ITEMS,
     window = keep_items(window, max_items)
     account, codes = _codes(window, pseudonym_key)
     who = " ".join(_label(part) for part in (window.role, window.department) if part)
-    lines = [f"{account} {who} {_DAYS[window.weekday]}", _facts_line("past", window.past),
-             _facts_line("week", window.week)]
+    lines = [f"{account} {who} {_DAYS[window.weekday]}",
+             _facts_line("past", PAST_FEATURES, window.past),
+             _facts_line("week", WEEK_FEATURES, window.week)]
     lines += [item_line(item, codes) for item in window.evidence]
     if window.dropped:
-        lines.append(f"{window.dropped} more left out")
+        lines.append(f"{int(window.dropped)} more left out")
     system = format_section(style=style, list_features=list_features)
     return [{"role": "system", "content": system}, {"role": "user", "content": "\n".join(lines)}]
 
@@ -268,7 +313,7 @@ def without_items(messages: Sequence[dict], ids: Collection[str]) -> list[dict]:
 
 
 def target_verdict(window: Window, *, risk: str | None = None, max_items: int = MAX_ITEMS,
-                   pseudonym_key: str | None = DEFAULT_KEY, style: str = "evidence_first") -> str:
+                   pseudonym_key: str | None = SIMULATED_KEY, style: str = "evidence_first") -> str:
     """Return an honest reference verdict from the truth, for the cold start.
 
     It cites up to three true items that the prompt shows, names two or three oracle features, and
@@ -297,8 +342,8 @@ def target_verdict(window: Window, *, risk: str | None = None, max_items: int = 
 
 
 def _reason(item: Evidence, codes: dict[str, str]) -> str:
-    host = codes.get(item.pc, "").strip("'")
-    return " ".join(part for part in (item.id, item.start, item.kind, host) if part)
+    parts = (_id(item), _time(item.start), _kind(item), codes.get(item.pc, ""))
+    return " ".join(part.strip("'") for part in parts if part)
 
 
 def _say_features(oracle: Sequence[str], said: str) -> list[str]:
@@ -312,7 +357,7 @@ def _say_features(oracle: Sequence[str], said: str) -> list[str]:
 
 
 def prompt_dataset(windows: Iterable[Window], *, max_items: int = MAX_ITEMS,
-                   pseudonym_key: str | None = DEFAULT_KEY, style: str = "evidence_first",
+                   pseudonym_key: str | None = SIMULATED_KEY, style: str = "evidence_first",
                    list_features: bool = False,
                    count_tokens: Callable[[list[dict]], int] | None = None,
                    budget: int | None = None) -> list[dict]:
