@@ -1,5 +1,6 @@
 """Rewards: by hand, by law, against the zoo, and with broken twins that the checks reject."""
 
+import codecs
 import itertools
 import math
 import random
@@ -24,6 +25,7 @@ from ueba_helpers.task.rewards import (
     composed,
     counterfactual_shift,
     evidence_f1,
+    evidence_score,
     feature_agreement,
     reward_terms,
     traditional_reward,
@@ -62,7 +64,7 @@ def balanced():
 
 def test_every_constant_verdict_loses_under_the_training_prior():
     values = CostMatrix().constant_values()
-    by_hand = [(1 - .6 - 1) / 3, (-.5 + 1 - .7) / 3, (-.8 - .5 + 1) / 3]
+    by_hand = [(1 - .6 - 1) / 3, (-.6 + 1 - .8) / 3, (-.8 - .6 + 1) / 3]
     assert values == pytest.approx(by_hand) and max(values) <= 0
 
 
@@ -181,7 +183,7 @@ def test_the_composed_reward_is_exactly_the_weighted_sum(balanced):
 def test_terms_stay_in_their_ranges_and_carry_clear_names(balanced):
     rows = prompt_dataset(balanced)
     columns = columns_of(balanced)
-    ranges = {"ueba_format": (-1, 0), "ueba_accuracy": (-1, 1), "ueba_evidence": (0, 1),
+    ranges = {"ueba_format": (-1, 0), "ueba_accuracy": (-1, 1), "ueba_evidence": (-.7, 1),
               "ueba_basis": (0, 1), "ueba_brier": (-1, 0), "accuracy_reward": (0, 1),
               "format_reward": (0, 1), "reasoning_reward": (0, 1), "think_language": (0, 1),
               "think_length": (-1, 0)}
@@ -259,6 +261,43 @@ def test_citing_more_than_the_truth_costs_and_precision_alone_would_not_notice()
     assert precision(one) == precision(right)
 
 
+SHOWN = [f"e{i}" for i in range(1, 9)]
+
+
+def test_citing_by_chance_or_everything_pays_nothing():
+    for truth, spared in itertools.product((["e5"], ["e2", "e5"], SHOWN[:3], SHOWN[2:7]),
+                                           ([], ["e8"])):
+        def score(cited, truth=truth, spared=spared):
+            return evidence_score("malicious", cited, truth, SHOWN, spared)
+        assert score(SHOWN) <= 0 == score([])
+        assert score(truth) == score(truth[:3]) == 1
+        for k in (1, 2, 3, 4):  # a blind draw of k items, over all draws
+            draws = list(itertools.combinations(SHOWN, k))
+            assert np.mean([score(cited) for cited in draws]) <= 0.05
+            f1 = [evidence_f1("malicious", cited, truth, spared) for cited in draws]
+            assert np.mean(f1) > .1  # the twin: the plain F1 pays blind draws
+
+
+def test_each_true_item_raises_the_score_and_each_false_one_lowers_it():
+    truth = ["e2", "e4", "e7"]
+    innocent = [name for name in SHOWN if name not in truth]
+    grid = np.array([[evidence_score("malicious", truth[:hits] + innocent[:false], truth, SHOWN)
+                      for false in range(5)] for hits in range(4)])
+    assert (np.diff(grid, axis=0) > 0).all() and grid.max() == grid[3, 0] == 1
+    assert (np.diff(grid, axis=1) < 0).all() and -1 <= grid.min() < 0
+    clipped = np.maximum(grid, 0)  # the twin: without negative values guessing costs nothing
+    assert not (np.diff(clipped, axis=1) < 0).all()
+
+
+def test_where_nothing_can_be_told_apart_the_f1_stands():
+    assert evidence_score("malicious", ["e1", "e2"], ["e1", "e2"], ["e1", "e2"]) == 1
+    assert evidence_score("malicious", ["e1"], ["e1", "e2"], ["e1", "e2"]) == pytest.approx(2 / 3)
+    assert evidence_score("malicious", ["e1"], ["e1"], ["e1", "e2"], ["e2"]) == 1
+    assert evidence_score("normal", [], [], ["e1"]) == 1
+    assert evidence_score("normal", ["e1"], [], ["e1"]) == 0
+    assert evidence_score("suspicious", [], [], ["e1"]) == 0
+
+
 def test_what_is_odd_weighs_more_than_what_is_usual():
     oracle = ["leak_site", "after_hours_logon", "usual_mail"]
     odd, usual = oracle[:2], ["usual_mail", "usual_hours"]
@@ -287,22 +326,49 @@ def test_the_evidence_term_adds_citations_and_features(balanced):
 
 
 LINES = {"e3": "e3 22:14-22:40 device pc2 x2 new_pc", "e7": "e7 23:10 file pc2 x12 exe",
-         "e9": None}
+         "e8": "e8 09:00 logon pc1", "e9": None}
 
 
-@pytest.mark.parametrize(("cited", "basis", "value"), [
-    (["e3"], "e3 22:14 device pc2.", 1),
-    (["e3", "e7"], "e3 22:14 device pc2; e7 23:10 file.", 1),
-    (["e3"], "e3 22:14 device pc3.", 1 / 2),
-    (["e3"], "23:10 on pc2", 1 / 2),  # true of e7, which is not cited
-    (["e7"], "12 files at 23:10", 1), (["e7"], "13 files at 23:10", 1 / 2),
-    (["e3"], "a clear violation", 0),
-    (["e3", "e7"], "e3 22:14", 1 / 2),  # one claim for two citations
-    (["e9"], "22:14", 0), ([], "22:14 pc2", 0), ([], "nothing unusual.", 0),
+def plain_support(said, truth):
+    """Return the share of claims that the cited lines show: the twin, blind to truth and kind."""
+    shown = set().union(*(claims(LINES[name] or "") for name in said.evidence))
+    return len(claims(said.basis) & shown) / max(1, len(claims(said.basis)))
+
+
+@pytest.mark.parametrize(("cited", "truth", "basis", "value"), [
+    (["e3"], ["e3"], "e3 22:14 device pc2.", 1),
+    (["e3", "e7"], ["e3", "e7"], "e3 22:14 device pc2; e7 23:10 file.", 1),
+    (["e3"], ["e3"], "e3 22:14 device pc3.", 1 / 2),
+    (["e3"], ["e3"], "23:10 on pc2", 0),  # true of e7, which is not cited; its host is not enough
+    (["e7"], ["e7"], "12 files at 23:10", 1), (["e7"], ["e7"], "13 files at 23:10", 1 / 2),
+    (["e7"], ["e7"], "12 files on pc2", 1 / 2),  # a count without a time is half a reason
+    (["e7"], ["e7"], "pc2.", 0), (["e3", "e7"], ["e3", "e7"], "pc2.", 0),  # a lone host is none
+    (["e3"], ["e3"], "a clear violation", 0),
+    (["e3", "e7"], ["e3", "e7"], "e3 22:14", 1 / 2),  # one reason for two citations
+    (["e7"], ["e3"], "e7 23:10 file pc2", 0),  # well stated, and not what shows it
+    (["e3", "e7"], ["e3"], "e3 22:14 device; e7 23:10 file", 1 / 2),
+    (["e3", "e7", "e8"], ["e3"], "22:14, 23:10 and 09:00", 0),  # the whole window recited
+    (["e3"], [], "e3 22:14 device", 0),  # nothing was to be cited
+    (["e9"], ["e9"], "22:14", 0), ([], ["e3"], "22:14 pc2", 0),
+    ([], ["e3"], "nothing unusual.", 0),
 ])
-def test_basis_support_by_hand(cited, basis, value):
+def test_basis_support_by_hand(cited, truth, basis, value):
     said = parse_verdict(verdict("malicious", cited, basis=basis), list(LINES))
-    assert basis_support(said, LINES, truth=["e3"]) == pytest.approx(value)
+    assert basis_support(said, LINES, truth) == pytest.approx(value)
+
+
+def test_the_share_of_supported_claims_alone_would_pay_false_citations_and_lone_hosts():
+    for cited, basis in ((["e7"], "e7 23:10 file pc2"), (["e3"], "pc2."),
+                         (["e3", "e7", "e8"], "22:14, 23:10 and 09:00")):
+        said = parse_verdict(verdict("malicious", cited, basis=basis), list(LINES))
+        assert plain_support(said, ["e3"]) == 1 and basis_support(said, LINES, ["e3"]) == 0
+
+
+def test_dont_care_items_neither_help_nor_hurt_a_basis():
+    said = parse_verdict(verdict("malicious", ["e3", "e7"], basis="22:14 and 23:10"), list(LINES))
+    assert basis_support(said, LINES, ["e3"], ["e7"]) == 1
+    only = parse_verdict(verdict("malicious", ["e7"], basis="23:10"), list(LINES))
+    assert basis_support(only, LINES, ["e3"], ["e7"]) == 0
 
 
 def test_a_silent_basis_pays_on_quiet_days_only():
@@ -355,13 +421,21 @@ def test_missing_end_and_overlength_are_penalised():
 def test_thoughts_are_scored_for_language_and_length():
     def answer(thought):
         return verdict("normal", style="think", thought=thought)
-    texts = [answer("calm day"), answer("calm 一天天天"), answer(""), answer("word " * 90),
-             answer("word " * 200), verdict()]
-    columns = {"evidence_ids": [[]] * 6, "style": ["think"] * 6}
-    assert rewards.think_language(texts, **columns) == [1, .5, 0, 1, 1, 0]
-    assert rewards.think_length(texts, **columns) == [0, 0, 0, -.5, -1, 0]
-    assert ueba_format(texts, **columns) == [0, 0, 0, 0, 0, -1]
-    assert ueba_format(texts[:1], evidence_ids=[[]]) == [-1]  # without the column: not allowed
+    calm = "The day shows routine only"
+    texts = {answer(thought): expected for thought, expected in {
+        calm + ".": 1, calm + " 一" * 22: .5, "": 0, "a": 0, "12 34": 0, "calm day": 2 / 3,
+        codecs.encode(calm, "rot13"): 0, "the " * 90: 1 / 3, "一天天天": 0,
+        "a drive on a new host at night": 1, "qzx vbn mpl wrt the": .8}.items()} | {verdict(): 0}
+    columns = {"evidence_ids": [[]] * len(texts), "style": ["think"] * len(texts)}
+    got = rewards.think_language(list(texts), **columns)
+    assert got == pytest.approx(list(texts.values()))
+    latin = [float(codecs.encode(calm, "rot13").isascii()), float("a".isascii())]
+    assert latin == [1, 1]  # the twin: plain letters alone would pay a cipher and a single letter
+    longer = [answer(calm), answer("word " * 90), answer("word " * 200), verdict()]
+    columns = {"evidence_ids": [[]] * 4, "style": ["think"] * 4}
+    assert rewards.think_length(longer, **columns) == [0, -.5, -1, 0]
+    assert ueba_format(longer, **columns) == [0, 0, 0, -1]
+    assert ueba_format(longer[:1], evidence_ids=[[]]) == [-1]  # without the column: not allowed
 
 
 def test_deleting_the_cited_items_should_move_the_verdict():

@@ -6,9 +6,12 @@ Refused: a cost matrix under which some constant verdict pays (`CostMatrix`).
 
 The UEBA set. `ueba_format` is a gate: an invalid verdict earns -1 there and 0 from every other
 term. `ueba_accuracy` pays by an asymmetric cost matrix, `ueba_evidence` for citing the items that
-show it and naming the features that the oracle names, `ueba_basis` for a basis that the cited items
-support. `ueba_reward` is exactly the weighted sum; its weights keep it in [-1, 1], an invalid
-verdict below every valid one, and every constant verdict at or below 0 on balanced prompts.
+show it (no more than chance leaves over, so that citing everything or anything blindly pays
+nothing) and naming the features that the oracle names, `ueba_basis` for a basis that gives times
+and counts of true items. `ueba_reward` is exactly the weighted sum; its weights keep it in [-1, 1]
+and an invalid verdict below every valid one. On balanced prompts no constant verdict earns more
+than 0: for `ueba_accuracy` this follows from the matrix, for the sum tests search the verdicts
+that name a fixed label, features, ids and basis.
 
 The traditional set (accuracy, format, reasoning length) is what such rewards usually grow from:
 lenient extraction, additive format, length as a stand-in for reasoning. `BROKEN_REWARDS` are
@@ -24,12 +27,13 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ueba_helpers.errors import UserError
 from ueba_helpers.task.prompts import USUAL_FEATURES
 from ueba_helpers.task.verdicts import (
+    FEATURES,
     MAX_FEATURES,
     MAX_THOUGHT_CHARS,
     MAX_VERDICT_CHARS,
@@ -43,6 +47,9 @@ INVALID_REWARD = -1.0
 ENOUGH_EVIDENCE = 3  # citing this many true items counts as full recall
 EVIDENCE_SHARE = 0.7  # of ueba_evidence; the rest is agreement of the features
 USUAL_WEIGHT = 0.25  # of a feature that says "as always", against 1 for one that says "odd"
+MIN_THOUGHT_WORDS = 3  # different words of a thought
+MIN_WORD_SHARE = 0.25  # of them that are common English words or words of the task
+COUNT_WEIGHT = 0.5  # of a count in a basis, against 1 for a time and 0 for a host alone
 SILENT_BRIER = -0.25  # what a verdict without confidence earns: that of "I cannot say", 0.5
 
 Completion = str | Sequence[Mapping[str, str]]
@@ -61,13 +68,13 @@ class CostMatrix:
     >>> CostMatrix()("malicious", "normal")
     -1.0
     >>> [round(value, 3) for value in CostMatrix().constant_values()]
-    [-0.2, -0.067, -0.1]
+    [-0.2, -0.133, -0.133]
     """
 
     values: tuple[tuple[float, float, float], ...] = (
-        (1.0, -0.5, -0.8),
-        (-0.6, 1.0, -0.5),
-        (-1.0, -0.7, 1.0),
+        (1.0, -0.6, -0.8),
+        (-0.6, 1.0, -0.6),
+        (-1.0, -0.8, 1.0),
     )
     prior: tuple[float, float, float] = (1 / 3, 1 / 3, 1 / 3)
 
@@ -115,17 +122,33 @@ COSTS = CostMatrix()
 def completion_text(completion: Completion | None) -> str:
     """Return the text of a completion: a string, or the last of its chat messages.
 
+    A message may be a plain string, and its content a list of parts, of which the text counts.
+    Whatever holds no text (None, NaN, an empty list) is the empty string.
+
     >>> completion_text([{"role": "assistant", "content": "{}"}])
+    '{}'
+    >>> completion_text([{"content": [{"type": "text", "text": "{}"}]}])
     '{}'
     """
     if isinstance(completion, str):
         return completion
-    if not completion:
+    if isinstance(completion, Mapping) or not isinstance(completion, Iterable):
+        return _message_text(completion)
+    messages = list(completion)
+    return _message_text(messages[-1]) if messages else ""
+
+
+def _message_text(message: object) -> str:
+    content = message.get("content") if isinstance(message, Mapping) else message
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list | tuple):
         return ""
-    return str(completion[-1].get("content") or "")
+    parts = (part.get("text") if isinstance(part, Mapping) else part for part in content)
+    return "".join(part for part in parts if isinstance(part, str))
 
 
-@functools.lru_cache(maxsize=8192)
+@functools.lru_cache(maxsize=16_384)
 def _parse_cached(text: str, ids: tuple[str, ...], think: bool) -> Verdict:
     return parse_verdict(text, ids, think=think)
 
@@ -170,6 +193,33 @@ def evidence_f1(said: str, cited: Sequence[str], truth: Sequence[str],
     return 2 * precision * recall / (precision + recall)
 
 
+def evidence_score(said: str, cited: Sequence[str], truth: Sequence[str], shown: Sequence[str],
+                   dont_care: Sequence[str] = ()) -> float:
+    """Return the F1 of the cited items, but no more than chance leaves over, in [-1, 1].
+
+    The bound is an informedness (Youden 1950; Powers, arXiv:2010.16061): recall minus a cost per
+    false item, set so that items drawn blindly from the `shown` ones gain as much as they cost.
+    Citing all of them therefore earns at most 0, a blind guess nothing on average, and the F1
+    alone would pay both. Every true item (up to `ENOUGH_EVIDENCE`) raises the score, every false
+    one lowers it, and all true items without a false one earn 1. Where every item is true or
+    nothing is to be cited there is nothing to tell apart, and the F1 stands.
+
+    >>> evidence_score("malicious", ["e1"], ["e1"], ["e1", "e2", "e3"])
+    1.0
+    >>> evidence_score("malicious", ["e1", "e2", "e3"], ["e1"], ["e1", "e2", "e3"])
+    0.0
+    """
+    f1 = evidence_f1(said, cited, truth, dont_care)
+    innocent = set(shown) - set(dont_care) - set(truth)
+    if not truth or not innocent:
+        return f1
+    truth, cited = set(truth), set(cited)
+    enough = min(len(truth), ENOUGH_EVIDENCE)
+    recall = min(1.0, len(cited & truth) / enough)
+    cost = len(truth) / enough / len(innocent)
+    return min(f1, max(-1.0, recall - cost * len(cited & innocent)))
+
+
 def feature_agreement(said: Sequence[str], oracle: Sequence[str]) -> float:
     """Return the weighted F1 of the named features against the oracle's, in [0, 1].
 
@@ -209,20 +259,39 @@ def claims(text: str) -> frozenset[str]:
     return frozenset(claim.removeprefix("x").replace("pc-", "pc") for claim in found)
 
 
-def basis_support(verdict: Verdict, item_text: Mapping[str, str | None],
-                  truth: Sequence[str]) -> float:
-    """Return the share of the basis's times, hosts and counts found in the cited lines, in [0, 1].
+def basis_support(verdict: Verdict, item_text: Mapping[str, str | None], truth: Sequence[str],
+                  dont_care: Sequence[str] = ()) -> float:
+    """Return how well the basis states true items that the verdict cites, in [0, 1].
 
-    Each cited item should give at least one: the share is taken of the larger of the number of
-    claims and of citations. A basis without claims earns 1 if the verdict cites nothing, calls
-    the day normal and nothing was to be cited; else 0.
+    The share of its times, hosts and counts that stand in the cited lines, times the mean over the
+    counted citations of what it states of each: 1 for a true item with its time, `COUNT_WEIGHT`
+    for one with only its count (a small number is soon guessed), 0 for one with its host alone
+    (most items share it) and for a false item. Don't-care items are not counted. A basis is worth
+    no more than the citations it rests on (`evidence_score`): reciting the whole window earns 0.
+    Without claims it earns 1 if the verdict cites nothing, calls the day normal and nothing was to
+    be cited; else 0, and so does any citation where nothing was to be cited.
     """
     named = claims(verdict.basis)
     if not verdict.evidence:
         return float(not named and not truth and verdict.risk == "normal")
-    shown = frozenset().union(*(claims(item_text.get(identity) or "")
-                                for identity in verdict.evidence))
-    return len(named & shown) / max(len(named), len(verdict.evidence))
+    counted = set(verdict.evidence) - (set(dont_care) - set(truth))
+    if not named or not truth or not counted:
+        return 0.0
+    shown = [identity for identity, line in item_text.items() if line is not None]
+    worth = evidence_score(verdict.risk, verdict.evidence, truth, shown, dont_care)
+    if worth <= 0:
+        return 0.0
+    lines = {identity: claims(item_text.get(identity) or "") for identity in verdict.evidence}
+    backed = named.intersection(frozenset().union(*lines.values()))
+    stated = sum(max((_fact_weight(claim) for claim in named & lines[identity]), default=0.0)
+                 for identity in counted.intersection(truth))
+    return min(worth, len(backed) / len(named) * stated / len(counted))
+
+
+def _fact_weight(claim: str) -> float:
+    if ":" in claim:
+        return 1.0
+    return 0.0 if claim.startswith("pc") else COUNT_WEIGHT
 
 
 # --- the UEBA terms ------------------------------------------------------------------------------
@@ -255,14 +324,14 @@ def ueba_evidence(completions: Sequence[Completion], *, evidence_ids: Sequence[S
                   evidence_truth: Sequence[Sequence[str]], feature_truth: Sequence[Sequence[str]],
                   dont_care: Sequence[Sequence[str]] | None = None,
                   style: Sequence[str] | None = None, **columns: object) -> list[float]:
-    """Return .7 x F1 of the citations + .3 x agreement of the features, in [0, 1]."""
+    """Return .7 x the score of the citations + .3 x agreement of the features, in [-.7, 1]."""
     rewards = []
     for i, verdict in enumerate(verdicts_of(completions, evidence_ids, style)):
         if not verdict.valid:
             rewards.append(0.0)
             continue
-        cited = evidence_f1(verdict.risk, verdict.evidence, evidence_truth[i],
-                            dont_care[i] if dont_care is not None else ())
+        cited = evidence_score(verdict.risk, verdict.evidence, evidence_truth[i], evidence_ids[i],
+                               dont_care[i] if dont_care is not None else ())
         named = feature_agreement(verdict.features, feature_truth[i])
         rewards.append(EVIDENCE_SHARE * cited + (1 - EVIDENCE_SHARE) * named)
     return rewards
@@ -271,14 +340,17 @@ def ueba_evidence(completions: Sequence[Completion], *, evidence_ids: Sequence[S
 def ueba_basis(completions: Sequence[Completion], *, evidence_ids: Sequence[Sequence[str]],
                evidence_truth: Sequence[Sequence[str]],
                item_text: Sequence[Mapping[str, str | None] | str],
+               dont_care: Sequence[Sequence[str]] | None = None,
                style: Sequence[str] | None = None, **columns: object) -> list[float]:
-    """Return how well the cited items support the basis, in [0, 1] (`basis_support`).
+    """Return how well the basis states the true items cited, in [0, 1] (`basis_support`).
 
     `item_text` maps ids to lines; JSON text of such a mapping is read too.
     """
-    return [basis_support(verdict, json.loads(lines) if isinstance(lines, str) else lines, truth)
-            if verdict.valid else 0.0 for verdict, lines, truth in
-            zip(verdicts_of(completions, evidence_ids, style), item_text, evidence_truth,
+    spared = dont_care if dont_care is not None else [()] * len(completions)
+    return [basis_support(verdict, json.loads(lines) if isinstance(lines, str) else lines, truth,
+                          spare) if verdict.valid else 0.0
+            for verdict, lines, truth, spare in
+            zip(verdicts_of(completions, evidence_ids, style), item_text, evidence_truth, spared,
                 strict=True)]
 
 
@@ -328,21 +400,38 @@ def overlength_penalty(limit: int, margin: int) -> RewardFunction:
 
 _LETTERS = re.compile(r"[^\W\d_]")
 _PLAIN_WORD = re.compile(r"[A-Za-z]{2,}")
+_COMMON_WORDS = """
+    the and of on in at is was were to no not for with this that as by it its from all are be has
+    have had but so than then there which who here only while an also or any one day days
+    account night logon logoff device file files email http page pages host drive past week routine
+    evidence
+"""
+_TASK_WORDS = (frozenset(_COMMON_WORDS.split()) | frozenset(RISKS)
+               | frozenset(word for name in FEATURES for word in name.split("_")))
 
 
 def think_language(completions: Sequence[Completion], *, evidence_ids: Sequence[Sequence[str]],
                    style: Sequence[str], **columns: object) -> list[float]:
-    """Return the share of the thought's letters that are plain Latin ones, in [0, 1].
+    """Return how far the thought is written in the prompt's language, in [0, 1].
 
-    0 for an invalid verdict and for an empty thought: language consistency of the `<think>` arm
-    (as in DeepSeek-R1, arXiv:2501.12948), where a mixture of scripts is the known drift.
+    The share of its letters that are plain Latin ones, times how many different words it has
+    (full from `MIN_THOUGHT_WORDS` on), times how many of these are common English words or words
+    of the task (full from `MIN_WORD_SHARE` on), so that neither one letter nor a cipher pays.
+    0 for an invalid verdict. Language consistency as in DeepSeek-R1 (arXiv:2501.12948), where a
+    mixture of scripts is the known drift.
     """
     rewards = []
     for i, verdict in enumerate(verdicts_of(completions, evidence_ids, style)):
-        thought, _ = split_thought(completion_text(completions[i]))
+        thought = split_thought(completion_text(completions[i]))[0] if verdict.valid else None
         letters = _LETTERS.findall(thought or "")
-        rewards.append(sum(map(str.isascii, letters)) / len(letters)
-                       if verdict.valid and letters else 0.0)
+        words = {word.lower() for word in _PLAIN_WORD.findall(thought or "")}
+        if not words:
+            rewards.append(0.0)
+            continue
+        latin = sum(map(str.isascii, letters)) / len(letters)
+        known = len(words & _TASK_WORDS) / len(words)
+        rewards.append(latin * min(1.0, len(words) / MIN_THOUGHT_WORDS)
+                       * min(1.0, known / MIN_WORD_SHARE))
     return rewards
 
 
