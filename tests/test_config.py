@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from ueba_helpers.errors import UserError
-from ueba_helpers.rl.settings import GRPOSettings, PPOSettings, RLSettings
+from ueba_helpers.rl.settings import GRPOSettings, PPOSettings, RLSettings, SFTSettings
 from ueba_helpers.study import config
 from ueba_helpers.study.config import PROFILES, EvaluationSettings, SimulateSettings, profile
 
@@ -51,6 +51,12 @@ def test_an_unknown_profile_is_refused_with_the_legal_names():
     (EvaluationSettings, {"bootstrap": 0}, "bootstrap"),
     (EvaluationSettings, {"base_rate": 1.0}, "base_rate"),
     (EvaluationSettings, {"alert_budgets": ()}, "alert_budgets"),
+    (PPOSettings, {"steps": 5, "critic_warmup_steps": 5}, "critic_warmup_steps"),
+    (PPOSettings, {"steps": 2.5}, "steps"),
+    (PPOSettings, {"steps": True}, "steps"),
+    (GRPOSettings, {"temperature": float("inf")}, "temperature"),
+    (GRPOSettings, {"kl_coef": float("nan")}, "kl_coef"),
+    (SFTSettings, {"save_steps": 0}, "save_steps"),
 ])
 def test_an_impossible_value_names_its_field_and_the_legal_range(settings, values, field):
     with pytest.raises(UserError, match=f"^{field}=.*legal values are"):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.tiny import SETTINGS, TEXTS, checkpoint, policy
 from ueba_helpers.errors import UserError
@@ -73,6 +74,33 @@ def test_sft_learns_the_demonstrations_word_for_word(tmp_path):
                           on_step=lambda step, values: losses.append(values["loss"]))
     assert losses[-1] < 0.1 < 3 < losses[0]
     assert not torch.equal(weights(trained.policy), weights(checkpoint()))
+
+
+def short_sft(out, **changes):
+    answer = render_verdict(evidence=[], features=["usual_hours", "own_workstation"],
+                            basis="nothing.", risk="normal")
+    settings = SFTSettings(examples=10, epochs=3, batch_size=4, learning_rate=1e-2, save_steps=4)
+    logged = []
+    trained = recipes.sft(checkpoint(), out, [{**row, "completion": answer} for row in rows(10)],
+                          settings, PolicySettings(vocab_size=512, hidden_size=32, layers=2),
+                          seed=0, on_step=lambda step, values: logged.append(
+                              (step, values["loss"])))
+    return trained, logged
+
+
+def test_an_interrupted_cold_start_ends_like_an_undisturbed_one(tmp_path):
+    whole, losses = short_sft(tmp_path / "whole")
+    short_sft(tmp_path / "cut")
+    assert [step for step, _ in losses] == list(range(1, 10)), "three epochs of three batches"
+    (tmp_path / "cut" / "checkpoints" / "checkpoint-9" / SEAL_FILE).unlink()
+    with pytest.warns(UserWarning, match="half-written"):
+        again, rest = short_sft(tmp_path / "cut")
+    assert rest == losses[8:] and torch.equal(weights(whole.policy), weights(again.policy))
+    ended, none = short_sft(tmp_path / "cut")
+    assert none == [] and torch.equal(weights(whole.policy), weights(ended.policy))
+    for name in ("steps", "tokens"):
+        assert whole.costs[name] == again.costs[name] == ended.costs[name]
+    assert again.costs["wall_seconds_training"] == ended.costs["wall_seconds_training"] > 0
 
 
 def test_sft_counts_the_completion_only():
@@ -144,6 +172,15 @@ def test_completions_are_handed_on_before_each_checkpoint(tmp_path):
     assert all(len(table) == 8 * table["step"].nunique() for table in tables)
     assert {"completion", "ueba_format", "ueba_accuracy"} <= set(tables[0].columns)
     assert set(tables[0]["ueba_format"]) == {-1.0}, "an untrained policy writes no verdict"
+
+
+def test_the_critic_that_a_run_ended_with_is_kept(tmp_path):
+    train("ppo", tmp_path)
+    kept = recipes.load_trained_critic(tmp_path, checkpoint(), POLICY)
+    fresh = recipes.make_critic(load_policy(checkpoint(), POLICY))
+    last = load_file(tmp_path / "checkpoints" / "checkpoint-4" / "critic.safetensors")
+    assert all(torch.equal(tensor, last[name]) for name, tensor in kept.state_dict().items())
+    assert not torch.equal(kept.head.weight, fresh.head.weight)
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path):

@@ -53,7 +53,8 @@ def latest_checkpoint(output_dir: Path | str) -> Path | None:
 
 
 def save_critic(critic: nn.Module, folder: Path | str) -> None:
-    """Write the critic's weights into a checkpoint folder, as safetensors."""
+    """Write the critic's weights into a folder, as safetensors."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().contiguous().cpu()
              for name, tensor in critic.state_dict().items()}
     with atomic_path(Path(folder) / CRITIC_FILE) as temporary:
@@ -61,8 +62,8 @@ def save_critic(critic: nn.Module, folder: Path | str) -> None:
 
 
 def load_critic(critic: nn.Module, folder: Path | str) -> None:
-    """Read the critic's weights from a checkpoint folder."""
+    """Read the critic's weights from a folder."""
     path = Path(folder) / CRITIC_FILE
     if not path.exists():
-        raise UserError(f"{path} is missing: the checkpoint has no critic to resume with.")
+        raise UserError(f"{path} is missing: there is no critic in this folder.")
     critic.load_state_dict(load_file(path))

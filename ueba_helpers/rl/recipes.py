@@ -2,12 +2,15 @@
 
 In: a start (checkpoint folder or hub name), rows as `prompts.prompt_dataset` gives them, settings,
 and where to write. Out: an ordinary Transformers checkpoint in `out/policy` (adapters are merged
-after SFT and kept apart in `out/adapter` after RL), for RL `metrics.jsonl` and `timings.jsonl`, and
-the measured costs. An RL run that was interrupted goes on from its newest whole checkpoint.
+after SFT and kept apart in `out/adapter` after RL), for RL `metrics.jsonl` and `timings.jsonl`,
+for PPO `critic.safetensors`, and the measured costs. A run that was interrupted goes on from its
+newest whole checkpoint.
 
 Refused: an unknown method, rows without the columns the rewards read, prompts over the limit.
 """
 
+import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,21 +23,34 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from peft import PeftModel
 from sklearn.metrics import confusion_matrix, f1_score
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainerState
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
-from ueba_helpers.data.files import atomic_path
+from ueba_helpers.data.files import atomic_path, write_json
 from ueba_helpers.data.records import read_rows
 from ueba_helpers.data.seeding import generator
 from ueba_helpers.errors import UserError
-from ueba_helpers.rl.checkpoints import latest_checkpoint
+from ueba_helpers.rl.checkpoints import latest_checkpoint, load_critic, seal
 from ueba_helpers.rl.monitors import (
     HealthMonitor,
     MetricsWriter,
     metric_keys,
     with_text_metrics,
 )
-from ueba_helpers.rl.policies import load_policy, load_tokenizer, tensor_bytes
+from ueba_helpers.rl.policies import (
+    Critic,
+    load_policy,
+    load_tokenizer,
+    make_critic,
+    tensor_bytes,
+)
 from ueba_helpers.rl.rollouts import predict, tokenize_prompts
 from ueba_helpers.rl.settings import (
     GRPOSettings,
@@ -103,16 +119,16 @@ def sft(start: Path | str, out: Path | str, rows: Sequence[Mapping], settings: S
         per_device_train_batch_size=settings.batch_size, learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine", warmup_steps=20, weight_decay=0.0, seed=seed,
         adam_beta2=0.95,  # a memory of 20 steps: the tiny policy's whole training is 750
-        completion_only_loss=True, max_length=None, save_strategy="no",
-        **_quiet(log_steps=on_step is not None))
-    trainer = SFTTrainer(model=model, args=config, train_dataset=data,
-                         processing_class=tokenizer,
-                         callbacks=[_Steps(on_step, "loss")] if on_step else None)
+        completion_only_loss=True, max_length=None, save_strategy="steps",
+        save_steps=settings.save_steps, save_total_limit=2, **_quiet(log_steps=on_step is not None))
+    clock = _Clock()
+    trainer = SFTTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer,
+                         callbacks=[clock, *([_Steps(on_step, "loss")] if on_step else [])])
     trainer.remove_callback(PrinterCallback)
-    started = time.perf_counter()
-    trainer.train()
-    costs = {"wall_seconds_training": time.perf_counter() - started,
-             "steps": trainer.state.global_step, "tokens": int(trainer._total_train_tokens),
+    begun_at = _train(trainer, settings.epochs * math.ceil(len(data) / settings.batch_size))
+    costs = {"wall_seconds_training": clock.seconds + (clock.read(begun_at) if begun_at else 0.0),
+             "steps": trainer.state.global_step,
+             "tokens": settings.epochs * sum(map(len, data["input_ids"])),
              "memory_bytes": memory_by_part(trainer)}
     trained = trainer.model
     if isinstance(trained, PeftModel):
@@ -226,13 +242,8 @@ def reinforce(trainer_class: type[PolicyGradientTrainer], config, start: Path | 
                                       monitor, on_held_out))
     if on_completions:
         trainer.add_callback(_Completions(trainer, on_completions))
-    checkpoint = latest_checkpoint(config.output_dir)
-    if checkpoint and int(checkpoint.name.rpartition("-")[2]) >= settings.steps:
-        # Killed after the last checkpoint: Trainer would train one step more than was asked for.
-        trainer._load_from_checkpoint(str(checkpoint))
-        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    else:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    _train(trainer, settings.steps)
+    trainer.save_beside_policy(out)
     folder = save_policy(trainer.accelerator.unwrap_model(trainer.model), tokenizer,
                          out / ("adapter" if policy.lora_rank else "policy"))
     return Trained(folder, _costs(trainer, out / "timings.jsonl"))
@@ -265,6 +276,13 @@ def load_trained(folder: Path | str, start: Path | str, policy: PolicySettings
     return PeftModel.from_pretrained(base, folder)
 
 
+def load_trained_critic(out: Path | str, start: Path | str, policy: PolicySettings) -> Critic:
+    """Return the separate critic that a PPO run in `out` ended with."""
+    critic = make_critic(load_policy(start, PolicySettings(**{**vars(policy), "lora_rank": 0})))
+    load_critic(critic, out)
+    return critic.eval()
+
+
 def drop_checkpoints(out: Path | str) -> None:
     """Remove the training state of a finished run; the policy stays."""
     shutil.rmtree(Path(out) / "checkpoints", ignore_errors=True)
@@ -292,6 +310,51 @@ def memory_by_part(trainer) -> dict[str, int]:
     parts["optimiser"] = tensor_bytes(value for state in states for value in state.values()
                                       if isinstance(value, torch.Tensor))
     return parts
+
+
+def _train(trainer: Trainer, steps: int) -> Path | None:
+    """Train to the last step; return the newest whole checkpoint that training began from."""
+    checkpoint = latest_checkpoint(trainer.args.output_dir)
+    if checkpoint and int(checkpoint.name.rpartition("-")[2]) >= steps:
+        # Killed after the last checkpoint: Trainer would train one step more than was asked for.
+        trainer._load_from_checkpoint(str(checkpoint))
+        if isinstance(trainer, PolicyGradientTrainer):
+            trainer.load_beside_policy(checkpoint)
+        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return checkpoint
+
+
+class _Clock(TrainerCallback):
+    """Count a session's seconds of training, and seal each checkpoint with those so far."""
+
+    file = "seconds.json"
+
+    def __init__(self):
+        self.seconds, self._before, self._at = 0.0, 0.0, 0.0
+
+    def read(self, checkpoint: Path) -> float:
+        """Return the seconds of all sessions up to a checkpoint."""
+        return json.loads((checkpoint / self.file).read_text(encoding="utf-8"))["seconds"]
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step:
+            self._before = self.read(_checkpoint_folder(args, state))
+        self._at = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        now = time.perf_counter()
+        self.seconds, self._at = self.seconds + now - self._at, now
+
+    def on_save(self, args, state, control, **kwargs):
+        folder = _checkpoint_folder(args, state)
+        write_json(folder / self.file, {"seconds": self._before + self.seconds})
+        seal(folder)
+
+
+def _checkpoint_folder(args, state) -> Path:
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
 class _Steps(TrainerCallback):

@@ -6,13 +6,27 @@ algorithms (a test asserts it). Impossible values raise `UserError` at construct
 field's name and the legal range.
 """
 
+import math
 from dataclasses import dataclass, fields
 
 from ueba_helpers.errors import require
 
 
+class _Settings:
+    """Whole numbers are whole and numbers finite, before a field's own range is looked at."""
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int:
+                require(type(value) is int, field.name, value, "whole numbers")
+            elif field.type is float:
+                require(type(value) in (int, float) and math.isfinite(value), field.name, value,
+                        "finite numbers")
+
+
 @dataclass(frozen=True, kw_only=True)
-class PolicySettings:
+class PolicySettings(_Settings):
     """Which language model is trained, and how much of it."""
 
     name: str = "tiny"  # "tiny", a hub name or a local checkpoint folder
@@ -26,6 +40,7 @@ class PolicySettings:
     dtype: str = "float32"
 
     def __post_init__(self):
+        super().__post_init__()
         require(self.backend in ("transformers", "unsloth"), "backend", self.backend,
                 "'transformers' and 'unsloth'")
         require(self.dtype in ("float32", "bfloat16"), "dtype", self.dtype,
@@ -42,7 +57,7 @@ class PolicySettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SFTSettings:
+class SFTSettings(_Settings):
     """The cold start: how many verdicts it sees, and how wrong their risk labels are.
 
     `downgrade` is the chance that the label of a demonstration is one level too low (an analyst
@@ -55,19 +70,22 @@ class SFTSettings:
     learning_rate: float = 1e-3
     downgrade: float = 0.0
     label_noise: float = 0.0
+    save_steps: int = 250
 
     def __post_init__(self):
+        super().__post_init__()
         require(self.examples >= 1, "examples", self.examples, "1 and more")
         require(self.epochs >= 1, "epochs", self.epochs, "1 and more")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "1 and more")
         require(0 < self.learning_rate < 1, "learning_rate", self.learning_rate,
                 "between 0 and 1")
+        require(self.save_steps >= 1, "save_steps", self.save_steps, "1 and more")
         for name in ("downgrade", "label_noise"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RLSettings:
+class RLSettings(_Settings):
     """Everything PPO and GRPO have in common: the controlled variables of the comparison."""
 
     steps: int = 100
@@ -90,6 +108,7 @@ class RLSettings:
     seed: int = 0
 
     def __post_init__(self):
+        super().__post_init__()
         require(self.steps >= 1, "steps", self.steps, "1 and more")
         require(self.prompts_per_step >= 1, "prompts_per_step", self.prompts_per_step,
                 "1 and more")
@@ -151,8 +170,8 @@ class PPOSettings(RLSettings):
                 "'separate' and 'shared'")
         require(self.critic_learning_rate_ratio > 0, "critic_learning_rate_ratio",
                 self.critic_learning_rate_ratio, "above 0")
-        require(self.critic_warmup_steps >= 0, "critic_warmup_steps", self.critic_warmup_steps,
-                "0 and more")
+        require(0 <= self.critic_warmup_steps < self.steps, "critic_warmup_steps",
+                self.critic_warmup_steps, f"0 and more, below steps ({self.steps})")
         require(0 < self.gamma <= 1, "gamma", self.gamma, "above 0, to 1")
         require(0 <= self.lam <= 1, "lam", self.lam, "0 to 1")
         require(self.value_clip is None or self.value_clip > 0, "value_clip", self.value_clip,

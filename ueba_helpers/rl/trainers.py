@@ -425,11 +425,14 @@ class PolicyGradientTrainer(trl.GRPOTrainer):
         if self.args.should_save:
             name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             folder = Path(self._get_output_dir(trial=trial)) / name
-            self._save_beside_policy(folder)
+            self.save_beside_policy(folder)
             seal(folder)
 
-    def _save_beside_policy(self, folder: Path) -> None:
-        """Write what the algorithm needs beside the policy into a checkpoint (PPO's critic)."""
+    def save_beside_policy(self, folder: Path | str) -> None:
+        """Write what the algorithm trains beside the policy into a folder (PPO's critic)."""
+
+    def load_beside_policy(self, folder: Path | str) -> None:
+        """Read what `save_beside_policy` wrote."""
 
     # -- log-probabilities and loss -----------------------------------------------------------
 
@@ -713,10 +716,13 @@ class PPOTrainer(PolicyGradientTrainer):
         self._log("critic/grad_norm", norm)
         return super()._clip_grad_norm(model)
 
-    def _save_beside_policy(self, folder):
+    def save_beside_policy(self, folder):
         save_critic(self.accelerator.unwrap_model(self.critic), folder)
+
+    def load_beside_policy(self, folder):
+        load_critic(self.accelerator.unwrap_model(self.critic), folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            load_critic(self.accelerator.unwrap_model(self.critic), checkpoint)
+            self.load_beside_policy(checkpoint)
