@@ -183,6 +183,15 @@ def test_the_critic_that_a_run_ended_with_is_kept(tmp_path):
     assert not torch.equal(kept.head.weight, fresh.head.weight)
 
 
+def test_a_policy_can_be_trained_on_a_broken_reward(tmp_path):
+    train("grpo", tmp_path, rewards="broken_partial_credit")
+    row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    assert row["rewards/broken_partial_credit/mean"] == row["reward"] == 0
+    assert not any(name.startswith("rewards/ueba") for name in row)
+    with pytest.raises(UserError, match="broken_partial_credit"):
+        GRPOSettings(rewards="broken")
+
+
 def test_a_damaged_checkpoint_is_passed_over(tmp_path):
     train("ppo", tmp_path, save_steps=2)
     newest = latest_checkpoint(tmp_path / "checkpoints")

@@ -66,7 +66,7 @@ from ueba_helpers.rl.trainers import (
     PPOConfig,
     PPOTrainer,
 )
-from ueba_helpers.task.rewards import REWARD_SETS
+from ueba_helpers.task.rewards import TRAINABLE
 from ueba_helpers.task.verdicts import RISKS
 
 disable_progress_bars()  # of datasets.map, which draws one per notebook cell
@@ -197,7 +197,7 @@ def _shared_config(out: Path | str, settings: RLSettings, policy: PolicySettings
         "shared_prefix": settings.shared_prefix, "weight_decay": 0.0, "seed": settings.seed,
         "save_strategy": "steps", "save_steps": settings.save_steps, "save_total_limit": 3,
         "remove_unused_columns": False,
-        "reward_weights": [weight for _, weight in REWARD_SETS[settings.rewards]],
+        "reward_weights": [weight for _, weight in TRAINABLE[settings.rewards]],
     }
 
 
@@ -222,7 +222,7 @@ def reinforce(trainer_class: type[PolicyGradientTrainer], config, start: Path | 
     tokenize_prompts(tokenizer, [row["prompt"] for row in rows],
                      max_prompt_tokens=policy.max_prompt_tokens)
     model = load_policy(start, policy)
-    first, *others = (term for term, _ in REWARD_SETS[settings.rewards])
+    first, *others = (term for term, _ in TRAINABLE[settings.rewards])
     trainer = trainer_class(
         model=model, reward_funcs=[with_text_metrics(first), *others],
         args=config, processing_class=tokenizer,

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, fields
 
 from ueba_helpers.errors import require
+from ueba_helpers.task.rewards import TRAINABLE
 
 
 class _Settings:
@@ -132,8 +133,8 @@ class RLSettings(_Settings):
         require(self.scale_rewards in ("none", "group", "batch"), "scale_rewards",
                 self.scale_rewards, "'none', 'group' and 'batch'")
         require(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "above 0")
-        require(self.rewards in ("ueba", "traditional"), "rewards", self.rewards,
-                "'ueba' and 'traditional'")
+        require(self.rewards in TRAINABLE, "rewards", self.rewards,
+                ", ".join(map(repr, TRAINABLE)))
         require(self.save_steps >= 1 and self.save_steps % self.num_iterations == 0, "save_steps",
                 self.save_steps, f"multiples of num_iterations ({self.num_iterations}): a resumed "
                 "run begins with a new rollout")

@@ -10,6 +10,7 @@ Refused: a split the study does not have, and a release without any insider.
 
 import functools
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -48,7 +49,10 @@ def prepare_data(profile: str, seed: int, data: str, runs: str, *,
                  progress: Progress = None) -> Path:
     """Simulate a release unless one is given, read it, build windows, splits and samples.
 
-    Returns the study's data folder; `samples.json`, written last, says that it is complete.
+    Returns the study's data folder; `samples.json`, written last, says that it is complete. It also
+    holds what a reader must know before trusting a result: warnings of the loader and of the
+    windows, and leakage audits that failed or had too little to judge. They go to standard error
+    too, each on a line.
     """
     chosen = profile_named(profile)
     say = progress or (lambda message: None)
@@ -64,7 +68,7 @@ def prepare_data(profile: str, seed: int, data: str, runs: str, *,
         say("simulating a release")
         simulate.simulate(release, seed=seed, **asdict(chosen.simulate))
     say("reading the release")
-    cert.ingest(release, home / "store", memory_limit=chosen.memory_limit)
+    ingested = cert.ingest(release, home / "store", memory_limit=chosen.memory_limit)
     say("building windows")
     windows.build(home / "store", home / "windows", memory_limit=chosen.memory_limit,
                   **asdict(chosen.windows))
@@ -80,12 +84,35 @@ def prepare_data(profile: str, seed: int, data: str, runs: str, *,
     table = windows.read(home / "windows").merge(assigned, on="user", validate="many_to_one")
     say("drawing samples")
     counts = _samples(home, chosen, table, list(train_users), seed)
-    audit = splits.audit(windows.read(home / "windows"), assigned, seed=seed,
-                         store=home / "store", manifest=windows.read_manifest(home / "windows"))
-    write_parquet(home / "audit.parquet", audit)
+    say("auditing")
+    manifest = windows.read_manifest(home / "windows")
+    audit = _audit(home, chosen, table, assigned, manifest, release, seed)
+    warnings = [*ingested["warnings"], *manifest["warnings"], *splits.complaints(audit)]
+    sys.stderr.writelines(f"warning: {line}\n" for line in warnings)
     write_json(home / "samples.json", {"settings": settings, "counts": counts,
-                                       "release": str(release)})
+                                       "release": str(release), "warnings": warnings,
+                                       "audits": audit["outcome"].value_counts().to_dict()})
     return home
+
+
+def _audit(home: Path, chosen: Profile, table: pd.DataFrame, assigned: pd.DataFrame,
+           manifest: Mapping, release: Path, seed: int) -> pd.DataFrame:
+    """Run the leakage audits, the label permutation with every classical detector; keep them."""
+    audit = splits.audit(
+        table, assigned, seed=seed, store=home / "store", manifest=manifest,
+        items=pd.read_parquet(home / "items.parquet"), max_items=chosen.max_items,
+        listing=_listing(release),
+        detectors={name: functools.partial(baselines.fit_and_score, detector=name, seed=seed)
+                   for name in CLASSICAL})
+    write_parquet(home / "audit.parquet", audit)
+    return audit
+
+
+def _listing(release: Path) -> list[str]:
+    """Return the accounts in the order of the release's first LDAP month."""
+    first = min((release / "LDAP").glob("[0-9]*.csv*"), key=lambda path: path.name)
+    return pd.read_csv(first, usecols=["user_id"], dtype=str, encoding_errors="replace",
+                       on_bad_lines="skip")["user_id"].dropna().tolist()
 
 
 def _read(path: Path) -> dict:
@@ -265,25 +292,37 @@ class Study:
         """
         if method not in POLICIES:
             raise UserError(f"Unknown method {method!r}. Legal methods: {', '.join(POLICIES)}.")
+        return self._completed(method, replace_seed(getattr(self.profile, method), self.seed))
+
+    def short_run(self, method: str, **changes) -> RunFolder:
+        """Return the complete run of PPO or GRPO with changed settings, such as a broken reward.
+
+        For exhibits: it begins from the cold start, is watched more closely and judged on a slice
+        of the dev sample only.
+        """
+        return self._completed(method, replace_seed(
+            replace(getattr(self.profile, method), **changes), self.seed), exhibit=True)
+
+    def _completed(self, method: str, settings, *, exhibit: bool = False) -> RunFolder:
         check_device(self.profile)
-        settings = replace_seed(getattr(self.profile, method), self.seed)
         configuration = {"settings": asdict(settings), "policy": asdict(self.profile.policy),
                          "max_items": self.profile.max_items, "samples": self._prepared,
                          "base": Path(self.base_policy).name}
         if method != "sft":
             configuration["start"] = self.run("sft").name
-        folder = RunFolder.open(self.path, method, configuration=configuration, seed=self.seed,
+        name = f"exhibit-{method}" if exhibit else method
+        folder = RunFolder.open(self.path, name, configuration=configuration, seed=self.seed,
                                 data=data_hash(self.profile, seed=self.seed, data=self.data),
                                 simulated=not self.data)
         if not folder.complete:
-            self._train(method, folder, settings)
+            self._train(method, folder, settings, exhibit)
         return folder
 
     def start_of(self, method: str) -> str:
         """Return the checkpoint a method's training begins from."""
         return self.base_policy if method == "sft" else str(self.run("sft").path / "policy")
 
-    def _train(self, method: str, folder: RunFolder, settings) -> None:
+    def _train(self, method: str, folder: RunFolder, settings, exhibit: bool) -> None:
         from ueba_helpers.rl import recipes
         from ueba_helpers.rl.checkpoints import latest_checkpoint
 
@@ -306,7 +345,8 @@ class Study:
                                       settings, self.profile.policy, seed=self.seed,
                                       on_step=folder.log().write)
         folder.add_resources({**monitor.result, **trained.costs})
-        folder.finish(self._predicted(method, folder, "dev"))
+        rows = self._watched() if exhibit else self.judged_rows("dev")
+        folder.finish(self._predicted(method, folder, rows, "dev"))
         recipes.drop_checkpoints(folder.path)
 
     def _watched(self) -> list[dict]:
@@ -333,11 +373,12 @@ class Study:
         model = recipes.load_trained(path, self.start_of(method), self.profile.policy)
         return model, load_tokenizer(path)
 
-    def _predicted(self, method: str, folder: RunFolder, split: str) -> pd.DataFrame:
+    def _predicted(self, method: str, folder: RunFolder, rows: list[dict], split: str
+                   ) -> pd.DataFrame:
         from ueba_helpers.rl.rollouts import predict
 
         model, tokenizer = self._trained_policy(method, folder)
-        return predict(model, tokenizer, self.judged_rows(split), detector=method,
+        return predict(model, tokenizer, rows, detector=method,
                        seed=self.seed, split=split,
                        max_new_tokens=self.profile.policy.max_completion_tokens,
                        batch_size=self.profile.evaluation.batch_size)
@@ -356,7 +397,8 @@ class Study:
                 return folder.predictions()
             path = folder.path / "test" / "predictions.parquet"
             if not path.exists():
-                write_parquet(path, self._predicted(detector, folder, split))
+                write_parquet(path, self._predicted(detector, folder, self.judged_rows(split),
+                                                    split))
             return pd.read_parquet(path)
         return self._judged_baseline(detector, split)
 
