@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import PeftModel
 
+from tests.task_windows import make_window
 from tests.tiny import SETTINGS, TEXTS, checkpoint, policy
 from ueba_helpers.errors import UserError
 from ueba_helpers.rl.policies import (
@@ -27,7 +28,9 @@ from ueba_helpers.rl.policies import (
 )
 from ueba_helpers.rl.prefix import backbone_of
 from ueba_helpers.rl.settings import PolicySettings
-from ueba_helpers.task.prompts import escape_field
+from ueba_helpers.task import prompts
+from ueba_helpers.task.injections import INJECTIONS, PLACES, plant
+from ueba_helpers.task.prompts import escape_field, window_messages
 
 LORA = PolicySettings(vocab_size=512, hidden_size=32, layers=2, lora_rank=4)
 IDS = torch.tensor([[5, 9, 40, 41, 42, 100, 7]])
@@ -167,6 +170,29 @@ def test_markers_inside_a_message_open_turns_unless_they_are_escaped():
     assert turns(tokenizer, escape_field(HOSTILE)) == 1, "what prompts write cannot"
     ids = tokenizer(escape_field(HOSTILE), add_special_tokens=False)["input_ids"]
     assert not set(ids) & set(tokenizer.all_special_ids)
+
+
+def opened(tokenizer, content):
+    """Return the special tokens of a prompt of one user message, in order."""
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=True,
+                                        return_dict=True)["input_ids"]
+    return [token for token in ids if token in tokenizer.all_special_ids]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_no_text_of_the_attack_suite_adds_a_special_token_to_a_prompt(place, monkeypatch):
+    tokenizer, window = load_tokenizer(checkpoint()), make_window("malicious")
+
+    def count_opened():
+        texts = [window_messages(plant(window, text, place=place))[1]["content"]
+                 for text in INJECTIONS]
+        plain = tokenizer.convert_tokens_to_ids([TURN_START, TURN_END])
+        return sum(opened(tokenizer, text) != plain for text in texts)
+
+    assert count_opened() == 0
+    monkeypatch.setattr(prompts, "escape_field", lambda text, **_: (  # tokenizers read UTF-8 only
+        str(text).encode(errors="replace").decode()))
+    assert count_opened() >= (0 if place == "pc" else 3), "unescaped they do; hosts are codes"
 
 
 # -- loading --------------------------------------------------------------------------------------
