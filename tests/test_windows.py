@@ -1,7 +1,10 @@
 """Windows: daily behaviour, own past, labels, deviations and evidence, on a hand-made release."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from datetime import date, datetime, timedelta
 from statistics import mean, median
 
@@ -20,6 +23,7 @@ from ueba_helpers.data.windows import (
     WEEK_FEATURES,
 )
 from ueba_helpers.errors import UserError
+from ueba_helpers.task import baselines, prompts
 
 START = date(2010, 3, 1)  # a Monday
 HEADERS = {
@@ -148,7 +152,10 @@ def made_up():
     release.web("BBB0002", at(38, 13), JOB, "PC-0002")
     release.drive("BBB0002", at(39, 13), "PC-0002")
     release.drive("BBB0002", at(42, 15), "PC-0002")
+    release.mail("BBB0002", at(35, 14), RIVAL, pc="PC-0002")
+    release.mail("BBB0002", at(41, 14), RIVAL, pc="PC-0002")
     release.web("BBB0002", at(44, 13), JOB, "PC-0002")
+    release.mail("BBB0002", at(45, 14), RIVAL, pc="PC-0002")
     # Scenario 3: a hacking page, next day the supervisor's account; an innocent reply.
     release.label("CCC0003", 3, release.web("CCC0003", at(43, 11), HACK, "PC-0003"))
     release.label("CCC0003", 3, release.logon("CCC0003", at(44, 9), "PC-0004"))
@@ -301,6 +308,42 @@ def test_role_comes_from_a_month_strictly_before_the_day(world):
     assert set(april["role"]) == {"During"} and set(april["ldap_month"]) == {"2010-03"}
 
 
+@pytest.fixture(scope="module")
+def late_ldap(tmp_path_factory):
+    """Windows of a release whose first LDAP months are missing: it begins with March 2010."""
+    folder = tmp_path_factory.mktemp("late_ldap")
+    release = made_up()
+    release.roles = {"2010-03": "During", "2010-04": "After"}
+    release.write(folder / "release")
+    cert.ingest(folder / "release", folder / "store", threads=1)
+    windows.build(folder / "store", folder / "windows", threads=1)
+    return folder / "store", windows.read(folder / "windows")
+
+
+def test_without_an_earlier_ldap_month_the_role_is_unknown(late_ldap):
+    store, table = late_ldap
+    march = pd.to_datetime(table["day"]).dt.month == 3
+    assert set(table.loc[march, "role"]) == {windows.UNKNOWN_ROLE}
+    assert set(table.loc[march, "department"]) == {""}
+    assert table.loc[march, "ldap_month"].isna().all() and march.any()
+    assert set(table.loc[~march, "role"]) == {"During"}
+    assert set(table.loc[~march, "ldap_month"]) == {"2010-03"}
+    # A day of March from a store cut after it: the same, without a month to know the role from.
+    again = windows.behaviour(store, before="2010-03-20", threads=1)
+    assert set(again["role"]) == {windows.UNKNOWN_ROLE} and again["ldap_month"].isna().all()
+
+
+def test_prompts_and_detectors_cope_with_an_unknown_role(late_ldap):
+    store, table = late_ldap
+    day = table[table["role"] == windows.UNKNOWN_ROLE].head(3)
+    items = windows.evidence(store, day, threads=1)
+    for window in windows.load(day, items):
+        head = prompts.window_messages(window)[1]["content"].splitlines()[0]
+        assert head.split(" ")[1:-1] == [windows.UNKNOWN_ROLE] and "  " not in head
+    model = baselines.fit(table, detector="gradient_boosting", seed=0)
+    assert np.isfinite(baselines.scores(model, day)[0]).all()
+
+
 def test_a_day_built_from_a_store_cut_after_it_is_the_same_day(world):
     full = world["table"].set_index("window_id")
     for day in (30, 44):
@@ -358,19 +401,59 @@ def test_labels_join_on_calendar_dates_in_both_views(world):
     assert counts["malicious_insider"] == counts["key_insider_days"] == 7
 
 
-def test_days_shifted_by_five_as_in_a_known_mistake_do_not_pass(world):
-    table = world["table"]
-    shifted = table.assign(malicious=table["malicious"].shift(5, fill_value=False))
-    assert days_where(shifted, shifted["malicious"]) != KEY | OTHER_ACCOUNTS
+@pytest.mark.parametrize("table", ["key_days", "insider_days"])
+def test_a_join_shifted_by_five_days_as_in_a_known_mistake_stops_the_build(
+    world, tmp_path, monkeypatch, table
+):
+    load = windows._load_side_tables
+
+    def shifted(connection):
+        load(connection)
+        connection.execute(f"UPDATE {table} SET day = day + 5")
+
+    monkeypatch.setattr(windows, "_load_side_tables", shifted)
+    with pytest.raises(UserError, match="differ from the answer key"):
+        windows.build(world["store"], tmp_path / "windows", threads=1)
+    assert not (tmp_path / "windows" / "manifest.json").exists()
+    assert list((tmp_path / "windows").iterdir()) == []
 
 
-def test_days_of_an_incident_that_the_key_leaves_out_are_precursors(world):
+def test_key_days_without_an_event_are_counted_and_warned_of(world, tmp_path):
+    assert windows.read_manifest(world["out"])["warnings"] == []
+    shutil.copytree(world["folder"] / "release", tmp_path / "release")
+    day = (START + timedelta(days=44)).strftime("%m/%d/%Y")
+    for log in HEADERS:
+        path = tmp_path / "release" / f"{log}.csv"
+        kept = [line for line in path.read_text().splitlines(keepends=True)
+                if not (day in line and "VVV0004" in line)]
+        path.write_text("".join(kept))
+    cert.ingest(tmp_path / "release", tmp_path / "store", threads=1)
+    windows.build(tmp_path / "store", tmp_path / "windows", threads=1)
+    manifest = windows.read_manifest(tmp_path / "windows")
+    assert manifest["counts"]["key_account_days_without_events"] == 1
+    assert manifest["counts"]["key_account_days"] == manifest["counts"]["malicious"] + 1 == 9
+    assert manifest["counts"]["key_insider_days_without_events"] == 0
+    assert len(manifest["warnings"]) == 1 and "1 of 9" in manifest["warnings"][0]
+
+
+PRECURSORS = {
+    ("AAA0001", 43),  # drive at night within 14 days before the label; day 15 is too early
+    # Job page, drive, mail to a competitor inside the span; days 35, 44 and 45 lie outside it.
+    ("BBB0002", 38), ("BBB0002", 39), ("BBB0002", 41),
+}
+
+
+def test_days_of_an_incident_that_the_key_leaves_out_are_precursors(world, tmp_path, monkeypatch):
     table = world["table"]
-    assert days_where(table, table["precursor"]) == {
-        ("AAA0001", 43),  # drive at night within 14 days before the label; day 15 is too early
-        ("BBB0002", 38), ("BBB0002", 39),  # job page, drive inside the span; day 44 lies after it
-    }
+    assert days_where(table, table["precursor"]) == PRECURSORS
     assert not (table["precursor"] & table["malicious"]).any()
+    # The twin forgets mail: the day with nothing else becomes a plain negative.
+    sql = windows._window_sql
+    monkeypatch.setattr(windows, "_window_sql", lambda *given: sql(*given).replace(
+        " OR d.n_email_competitor > 0", ""))
+    twin = windows.behaviour(world["store"], users=["BBB0002"], threads=1)
+    twin["day"] = pd.to_datetime(twin["day"]).dt.date
+    assert days_where(twin, twin["precursor"]) == {("BBB0002", 38), ("BBB0002", 39)}
 
 
 def test_an_insider_acting_only_through_another_account_counts_in_the_insider_view(tmp_path):
@@ -550,6 +633,22 @@ def test_every_event_stands_in_exactly_one_item(world):
     assert (world["items"]["dropped"] == 0).all()
 
 
+def test_items_built_from_a_store_cut_after_the_day_are_the_same(world):
+    day = START + timedelta(days=45)
+    shown = world["table"][world["table"]["day"].astype(str) == str(day)]
+    items = world["items"][world["items"]["window_id"].isin(shown["window_id"])]
+
+    def cut():
+        return windows.evidence(world["store"], shown, before=str(day + timedelta(days=1)),
+                                threads=1)
+
+    pd.testing.assert_frame_equal(cut(), items.reset_index(drop=True))
+    with pytest.raises(AssertionError):  # a store cut before the day knows nothing of it
+        pd.testing.assert_frame_equal(
+            windows.evidence(world["store"], shown, before=str(day), threads=1),
+            items.reset_index(drop=True))
+
+
 def test_labelled_items_hold_key_rows_and_nothing_else_does(world):
     key = {(log, row[0]) for rows in world["release"].answers.values() for log, row in rows}
     for item in world["items"].itertuples():
@@ -706,6 +805,24 @@ def test_an_unfinished_build_is_refused_and_a_second_build_mends_it(world, tmp_p
     windows.build(world["store"], out, deviation_share=0.05, threads=1)
     pd.testing.assert_frame_equal(comparable(windows.read(out)), comparable(world["table"]))
     assert sorted(path.name for path in out.iterdir()) == ["manifest.json", "windows.parquet"]
+
+
+def test_what_a_killed_build_left_behind_is_swept_and_a_living_one_keeps_its_parts(world, tmp_path):
+    out = tmp_path / "windows"
+    code = ("import os, sys; from ueba_helpers.data import windows\n"
+            "windows.build(sys.argv[1], sys.argv[2], threads=1, "
+            "progress=lambda done, total: os.kill(os.getpid(), 9))")
+    killed = subprocess.run([sys.executable, "-c", code, str(world["store"]), str(out)],
+                            check=False)
+    assert killed.returncode == -9
+    left = list(out.iterdir())
+    assert len(left) == 1 and any(left[0].iterdir())
+    living = out / f"{windows._PARTS}{os.getppid()}-abc"
+    living.mkdir()
+    windows.build(world["store"], out, deviation_share=0.05, threads=1)
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        [living.name, "manifest.json", "windows.parquet"])
+    pd.testing.assert_frame_equal(comparable(windows.read(out)), comparable(world["table"]))
 
 
 @pytest.mark.parametrize(("settings", "named"), [

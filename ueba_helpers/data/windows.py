@@ -18,18 +18,25 @@ over events, and memory is bounded by one bucket. The stated rules, all past-onl
                   than `min_history` active days behind them have no deviation.
   risk            malicious: the day holds an answer-key row of this account. Otherwise suspicious
                   where a deviation was found, normal where none was.
+  role            of the newest LDAP month strictly before the day's month; `UNKNOWN_ROLE`, with no
+                  department, where there is none.
 
 Labels join on (log, id) and calendar days, never on day numbers. Two views of the key: `malicious`
 counts the row's own account (986 days on r4.2); `malicious_insider` the insider (966), also where
 that day's labelled rows were all made through another account. `precursor` marks days of an
 incident that the key leaves out: the scenario's behaviour on the insider's own account (scenario
-1: drive after hours from 14 days before the first label; 2: drive or job pages between the labels;
-3: hacking pages from 7 days before, drive or programs between the labels), and the insider's own
-day while acting through another account. `ignore` marks days whose labelled rows are mail only and
-written by somebody else than the insider (innocent replies).
+1: drive after hours from 14 days before the first label; 2: drive, job pages or mail to a
+competitor between the labels; 3: hacking pages from 7 days before, drive or programs between the
+labels), and the insider's own day while acting through another account. The tail stays out: the
+same behaviour after the last label (scenario 2 goes on for some days) is a plain negative, since
+the key gives no end to count to. `ignore` marks days whose labelled rows are mail only and written
+by somebody else than the insider (innocent replies). Every build compares its labels with the key,
+account-day by account-day, in both views.
 """
 
 import json
+import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,7 +51,9 @@ from ueba_helpers.errors import UserError
 
 FORMAT_VERSION = 1
 RISKS = ("normal", "suspicious", "malicious")
+UNKNOWN_ROLE = "unknown"
 _FEW_USERS = 50
+_PARTS = ".parts-"  # prefix of the folder a build works in, followed by its process
 DAY_STARTS, DAY_ENDS = 7, 19  # hours; outside is "after hours"
 
 BEHAVIOUR_FEATURES = (
@@ -281,6 +290,11 @@ def _view_part(connection, buckets: Iterable[int], *, where: str = "true") -> No
         )
 
 
+def _seen(where: str, before: str | None) -> str:
+    """Return a condition on events, cut to those before a date where one is given."""
+    return where if before is None else f"{where} AND date < DATE '{_quoted(before)}'"
+
+
 _AFTER = f"(h < {DAY_STARTS} OR h >= {DAY_ENDS})"
 _HOURS = "min(h) AS first_hour, max(h) AS last_hour"
 _DAILY_SQL = f"""
@@ -397,7 +411,7 @@ def _daily_sql(history_days: int) -> str:
 def _window_sql(daily: str, min_history: int) -> str:
     """Return the SQL of whole windows from a relation of daily rows, the LDAP and the key.
 
-    LDAP: the newest row of the user in a month strictly before the day's, else the user's first.
+    LDAP: the newest row of the user in a month strictly before the day's, or nothing.
     """
     numbers = (*BEHAVIOUR_FEATURES, *PAST_FEATURES, *WEEK_FEATURES, *RULE_FEATURES)
     columns = ", ".join(
@@ -410,13 +424,11 @@ def _window_sql(daily: str, min_history: int) -> str:
     return f"""
     WITH d AS ({daily}),
     placed AS (
-        SELECT d.*, coalesce(before.role, first.role, '') AS role,
-            coalesce(before.department, first.department, '') AS department,
-            coalesce(before.month, first.month) AS ldap_month
+        SELECT d.*, coalesce(before.role, '{UNKNOWN_ROLE}') AS role,
+            coalesce(before.department, '') AS department, before.month AS ldap_month
         FROM d
         ASOF LEFT JOIN ldap_months AS before
             ON d.user = before.user AND strftime(d.day, '%Y-%m') > before.month
-        LEFT JOIN ldap_first AS first ON d.user = first.user
     )
     SELECT d.window_id, d.user, d.day, d.weekday, d.role, d.department, d.ldap_month,
         d.past_days >= {int(min_history)} AS enough_history, {columns},
@@ -433,7 +445,8 @@ def _window_sql(daily: str, min_history: int) -> str:
         SELECT d.window_id, min(s.scenario) AS scenario, min(s.insider) AS insider
         FROM d JOIN key_spans AS s ON d.user = s.insider AND d.day <= s.last_day AND CASE s.scenario
             WHEN 1 THEN d.day >= s.first_day - 14 AND d.n_device_after_hours > 0
-            WHEN 2 THEN d.day >= s.first_day AND (d.n_device > 0 OR d.n_http_job > 0)
+            WHEN 2 THEN d.day >= s.first_day
+                AND (d.n_device > 0 OR d.n_http_job > 0 OR d.n_email_competitor > 0)
             ELSE d.day >= s.first_day - 7 AND (d.n_http_hack > 0 OR (d.day >= s.first_day
                 AND (d.n_device > 0 OR d.n_file_exe > 0))) END
         GROUP BY d.window_id
@@ -446,11 +459,6 @@ def _load_side_tables(connection) -> None:
     connection.execute(
         "CREATE TEMP TABLE ldap_months AS SELECT month, user, min(role) AS role, "
         "min(department) AS department FROM ldap GROUP BY month, user"
-    )
-    connection.execute(
-        "CREATE TEMP TABLE ldap_first AS SELECT user, arg_min(role, month) AS role, "
-        "arg_min(department, month) AS department, min(month) AS month FROM ldap_months "
-        "GROUP BY user"
     )
     connection.execute(
         "CREATE TEMP TABLE key_rows AS SELECT insider, scenario::TINYINT AS scenario, "
@@ -492,16 +500,15 @@ def behaviour(
 ) -> pd.DataFrame:
     """Return window rows (without deviations) from a store cut down to `users` and `before`.
 
-    `before` is a date: events on it and later are hidden, as are LDAP months from its month on
-    and answers are left as they are. The leakage audit compares a day built from everything with
-    the same day built from nothing later. Raises `UserError` for an incomplete store.
+    `before` is a date: events on it and later are hidden, as are the LDAP months from that of its
+    eve on; answers are left as they are. The leakage audit compares a day built from everything
+    with the same day built from nothing later. Raises `UserError` for an incomplete store.
     """
     where = "true"
     if users is not None:
         listed = ", ".join(f"'{_quoted(user)}'" for user in users) or "''"
         where = f"user IN ({listed})"
-    if before is not None:
-        where += f" AND date < DATE '{_quoted(before)}'"
+    where = _seen(where, before)
     frames = []
     store, connection = _open(store, memory_limit, threads)
     passes = [[bucket] for bucket in range(store.buckets)]
@@ -510,8 +517,7 @@ def behaviour(
     with connection:
         if before is not None:
             connection.execute(
-                "DELETE FROM ldap_months WHERE month >= strftime(?::DATE - 1, '%Y-%m') "
-                "AND (user, month) NOT IN (SELECT (user, month) FROM ldap_first)", [before]
+                "DELETE FROM ldap_months WHERE month >= strftime(?::DATE - 1, '%Y-%m')", [before]
             )
         for buckets in passes:
             _view_part(connection, buckets, where=where)
@@ -538,17 +544,21 @@ def build(
 
     Deviation levels are fitted on `train_users`, or on every user where none are given (the
     manifest says which): call `relabel` once the splits are known. `progress(done, total)` counts
-    buckets. Raises `UserError` for an incomplete store, unknown training users or settings outside
-    their range. An interrupted build leaves no manifest and can simply be repeated.
+    buckets. Account-days of the key on which the account has no event have no window; the manifest
+    counts them and warns. Raises `UserError` for an incomplete store, unknown training users,
+    settings outside their range, and labels that differ from the key. An interrupted build leaves
+    no manifest and can simply be repeated; what a killed one left behind is swept away.
     """
     out = Path(out)
     _check_settings(deviation_share, history_days, min_history)
     store, connection = _open(store, memory_limit, threads)
     out.mkdir(parents=True, exist_ok=True)
+    _sweep(out)
     (out / "manifest.json").unlink(missing_ok=True)
     sql = _window_sql(_daily_sql(history_days), min_history)
     users = None if train_users is None else sorted(set(train_users))
-    with tempfile.TemporaryDirectory(dir=out, prefix=".parts-") as name, connection:
+    prefix = f"{_PARTS}{os.getpid()}-"
+    with tempfile.TemporaryDirectory(dir=out, prefix=prefix) as name, connection:
         parts = Path(name)
         connection.execute(f"SET temp_directory='{_quoted(parts / 'spill')}'")
         for bucket in range(store.buckets):
@@ -561,19 +571,71 @@ def build(
             f"CREATE TEMP VIEW raw AS SELECT * FROM read_parquet('{_quoted(parts)}/*.parquet')"
         )
         fitted = _fit(connection, "raw", users, deviation_share)
+        key_counts = _compare_with_key(connection, "raw")
         _write_labelled(connection, "raw", fitted, out)
-        counts = _counts(connection, out)
-        counts["key_account_days"], counts["key_insider_days"] = connection.execute(
-            "SELECT count(DISTINCT (user, day)), count(DISTINCT (insider, day)) FROM key_rows"
-        ).fetchone()
+        counts = _counts(connection, out) | key_counts
+    unseen = counts["key_account_days_without_events"]
+    warnings = [] if not unseen else [
+        f"{unseen} of {counts['key_account_days']} account-days of the answer key have no event in "
+        "these logs, so no window: is a log missing or cut?"]
     write_json(out / "manifest.json", {
         "format_version": FORMAT_VERSION,
         "settings": {"deviation_share": deviation_share, "history_days": history_days,
                      "min_history": min_history},
         "fit": fitted,
         "counts": counts,
+        "warnings": warnings,
     })
     return out
+
+
+def _sweep(out: Path) -> None:
+    """Remove the parts of builds whose process is gone; a living one keeps its own."""
+    for path in out.glob(f"{_PARTS}*"):
+        if not _alive(int(path.name.removeprefix(_PARTS).partition("-")[0])):
+            shutil.rmtree(path)
+
+
+def _alive(process: int) -> bool:
+    if process == os.getpid():
+        return False  # builds of one process follow each other
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # it lives, under another account
+    return True
+
+
+def _compare_with_key(connection, relation: str) -> dict[str, int]:
+    """Return the key's account-days; `UserError` where the labelled windows are others.
+
+    Both views, read from the answers anew. Days of the key without a window are counted apart.
+    """
+    counts = {}
+    for view, flag, owner in (("account", "malicious", "user"),
+                              ("insider", "malicious_insider", "insider")):
+        days, unseen, lost, strange, example = connection.execute(f"""
+            WITH key AS (SELECT DISTINCT {owner} AS user, date::DATE AS day FROM answers),
+            both_sides AS (
+                SELECT coalesce(k.user, w.user) AS user, coalesce(k.day, w.day) AS day,
+                    k.user IS NOT NULL AS in_key, w.{flag} AS labelled
+                FROM key AS k FULL JOIN (SELECT user, day, {flag} FROM {relation}) AS w
+                    ON k.user = w.user AND k.day = w.day
+            )
+            SELECT count(*) FILTER (in_key), count(*) FILTER (in_key AND labelled IS NULL),
+                count(*) FILTER (in_key AND NOT labelled),
+                count(*) FILTER (NOT in_key AND labelled),
+                min(user || ' on ' || day) FILTER (in_key <> labelled)
+            FROM both_sides""").fetchone()
+        if lost or strange:
+            raise UserError(
+                f"The labels of the windows differ from the answer key ({view} view): {lost} of "
+                f"its {days} account-days are not labelled, {strange} others are, the first is "
+                f"{example}. Ingest the release again; its answers and logs do not fit together.")
+        counts |= {f"key_{view}_days": days, f"key_{view}_days_without_events": unseen}
+    return counts
 
 
 def relabel(
@@ -1022,6 +1084,7 @@ def evidence(
     windows: pd.DataFrame,
     *,
     max_items: int = 24,
+    before: str | None = None,
     memory_limit: str = "1GB",
     threads: int = 2,
     progress: Callable[[int, int], None] | None = None,
@@ -1033,7 +1096,8 @@ def evidence(
     event_ids, labelled (holds an answer-key row), dont_care (unlabelled, but of the incident's
     behaviour), deviation (kinds of the day that this item shows), features, dropped (items of the
     window beyond `max_items`, least informative first, judged by what is visible). Only buckets
-    with a wanted account are read. Raises `UserError` for an incomplete store.
+    with a wanted account are read; events on the date `before` and later are hidden. Raises
+    `UserError` for an incomplete store.
     """
     if max_items < 1:
         raise UserError(f"max_items={max_items!r}: give at least 1.")
@@ -1061,7 +1125,7 @@ def evidence(
         passes = _passes(windows["user"], store)
         for done, (buckets, users) in enumerate(passes, start=1):
             listed = ", ".join(f"'{_quoted(user)}'" for user in users)
-            _view_part(connection, buckets, where=f"user IN ({listed})")
+            _view_part(connection, buckets, where=_seen(f"user IN ({listed})", before))
             connection.execute("CREATE OR REPLACE TEMP TABLE wanted AS SELECT * FROM asked "
                                f"WHERE user IN ({listed})")
             connection.execute(_EVENTS_SQL)
