@@ -37,7 +37,16 @@ from ueba_helpers.task.rewards import (
     ueba_reward,
 )
 from ueba_helpers.task.verdicts import RISKS, parse_verdict, render_verdict
-from ueba_helpers.task.zoo import HONEST, ZOO, analyst_label, zoo_completions, zoo_table
+from ueba_helpers.task.zoo import (
+    DRESSES,
+    EDITS,
+    HONEST,
+    ZOO,
+    analyst_label,
+    same_label_cheats,
+    zoo_completions,
+    zoo_table,
+)
 
 CALM = ["usual_hours", "own_workstation"]
 
@@ -56,7 +65,38 @@ def columns_of(windows):
 
 @pytest.fixture(scope="module")
 def balanced():
-    return make_windows(90)
+    return make_windows(90, spread=True)
+
+
+# --- twins: the terms as they are without what keeps cheats out ---
+
+
+def plain_evidence(completions, *, evidence_ids, evidence_truth, feature_truth, dont_care,
+                   **columns):
+    """Return the evidence term with the F1 alone, which chance and all items share in."""
+    return [.7 * evidence_f1(said.risk, said.evidence, truth, spared)
+            + .3 * feature_agreement(said.features, features) if said.valid else 0.0
+            for said, truth, spared, features in
+            zip(rewards.verdicts_of(completions, evidence_ids), evidence_truth, dont_care,
+                feature_truth, strict=True)]
+
+
+def plain_support(said, lines):
+    """Return the share of claims that the cited lines show, be they true or just a host."""
+    named = claims(said.basis)
+    if not said.evidence:
+        return float(not named and said.risk == "normal")
+    shown = set().union(*(claims(lines[name] or "") for name in said.evidence))
+    return len(named & shown) / max(len(named), len(said.evidence))
+
+
+def plain_basis(completions, *, evidence_ids, item_text, **columns):
+    """Return the basis term blind to truth and kind of claim."""
+    return [plain_support(said, lines) if said.valid else 0.0 for said, lines in
+            zip(rewards.verdicts_of(completions, evidence_ids), item_text, strict=True)]
+
+
+PLAIN_TERMS = ((ueba_format, 1.0), (ueba_accuracy, .7), (plain_evidence, .2), (plain_basis, .1))
 
 
 # --- the cost matrix ---
@@ -103,8 +143,16 @@ def test_a_matrix_for_another_prior_can_be_used_as_a_term(balanced):
     assert term.__name__ == "ueba_accuracy"
 
 
+CONSTANT_CITATIONS = [(), ("e1",), ("e2",), ("e3",), ("e1", "e2"), ("e1", "e3"), ("e2", "e3"),
+                      ("e1", "e2", "e3"), tuple(f"e{i}" for i in range(1, 9))]
+
+
 def best_constant(windows, terms):
-    """Return the most that any constant verdict earns, each class counting a third."""
+    """Return the most that any constant verdict earns, each class counting a third.
+
+    A constant verdict has one label, features, ids and basis for all days: the bases are a host, a
+    small number with it, and the commonest time of the items that show something.
+    """
     columns = columns_of(windows)
     shares = np.array([1 / (3 * columns["label"].count(label)) for label in columns["label"]])
     oracles = Counter()
@@ -114,9 +162,13 @@ def best_constant(windows, terms):
         (sum(share * feature_agreement(features, oracle) for oracle, share in oracles.items()),
          features)
         for k in (2, 3, 4) for features in itertools.combinations(FEATURES, k))
-    return max(shares @ composed_by_hand([verdict(said, features=features)] * len(windows),
-                                         columns, terms)
-               for _, features in found[-5:] for said in RISKS)
+    times = Counter(claim for lines, truth in zip(columns["item_text"], columns["evidence_truth"],
+                                                  strict=True)
+                    for name in truth for claim in claims(lines[name]) if ":" in claim)
+    bases = ["nothing unusual.", "pc1.", "2 on pc1.", f"{times.most_common(1)[0][0]} on pc1."]
+    return max(shares @ composed_by_hand(
+                   [verdict(said, cited, found[-1][1], basis)] * len(windows), columns, terms)
+               for said in RISKS for cited in CONSTANT_CITATIONS for basis in bases)
 
 
 def composed_by_hand(texts, columns, terms):
@@ -124,22 +176,13 @@ def composed_by_hand(texts, columns, terms):
 
 
 def test_no_constant_verdict_earns_from_the_whole_reward(balanced, windows):
-    heavier = ((ueba_accuracy, .4), (ueba_evidence, .4), (ueba_basis, .2))  # the twin
+    milder = CostMatrix(((1, -.5, -.8), (-.6, 1, -.5), (-1, -.7, 1)))
+    heavier = ((ueba_accuracy, .4), (ueba_evidence, .4), (ueba_basis, .2))
     for cases in (balanced[:30], windows):
         assert {window.risk for window in cases} == set(RISKS)
         assert best_constant(cases, REWARD_SETS["ueba"]) < 0
-        assert best_constant(cases, heavier) > 0
-
-
-def test_the_reward_orders_the_zoo_on_simulated_days_too(windows):
-    by_class = {risk: [w for w in windows if w.risk == risk] for risk in RISKS}
-    n = max(map(len, by_class.values()))
-    even = [group[i % len(group)] for group in by_class.values() for i in range(min(n, 40))]
-    table = {row["name"]: row for row in zoo_table(prompt_dataset(even))}
-    assert beaten_by(table, "ueba") == set()
-    assert len(beaten_by(table, "traditional")) >= 5
-    texts = [target_verdict(window) for window in even]
-    assert min(ueba_reward(texts, **columns_of(even))) > .8
+        for twin in (heavier, ((rewards.accuracy_with(milder), .7), *PLAIN_TERMS[2:])):
+            assert best_constant(cases, twin) > 0
 
 
 def test_invalid_is_worse_than_any_valid_verdict():
@@ -207,6 +250,18 @@ def test_an_honest_reference_earns_almost_everything(balanced):
     assert min(values) > 0.9 and max(values) <= 1
     shifted = ueba_reward(texts[1:] + texts[:1], **columns_of(balanced))  # the twin
     assert np.mean(shifted) < 0
+
+
+@pytest.mark.parametrize(("completion", "text"), [
+    ("{}", "{}"), (["x"], "x"), ([float("nan")], ""), (float("nan"), ""), (None, ""), ([], ""),
+    ([None], ""), ([3], ""), ([{"role": "user", "content": "a"}, {"content": "b"}], "b"),
+    ([{"role": "assistant"}], ""), ([{"content": None}], ""), ({"content": "c"}, "c"),
+    ([{"content": [{"type": "text", "text": "{"}, {"type": "image"}, "}"]}], "{}"),
+    (np.array([{"content": "d"}]), "d"),
+])
+def test_the_text_of_a_completion_is_found_or_empty(completion, text):
+    assert rewards.completion_text(completion) == text
+    assert len(ueba_format([completion], evidence_ids=[[]])) == 1
 
 
 def test_chat_messages_and_strings_earn_the_same(balanced):
@@ -329,12 +384,6 @@ LINES = {"e3": "e3 22:14-22:40 device pc2 x2 new_pc", "e7": "e7 23:10 file pc2 x
          "e8": "e8 09:00 logon pc1", "e9": None}
 
 
-def plain_support(said, truth):
-    """Return the share of claims that the cited lines show: the twin, blind to truth and kind."""
-    shown = set().union(*(claims(LINES[name] or "") for name in said.evidence))
-    return len(claims(said.basis) & shown) / max(1, len(claims(said.basis)))
-
-
 @pytest.mark.parametrize(("cited", "truth", "basis", "value"), [
     (["e3"], ["e3"], "e3 22:14 device pc2.", 1),
     (["e3", "e7"], ["e3", "e7"], "e3 22:14 device pc2; e7 23:10 file.", 1),
@@ -361,7 +410,8 @@ def test_the_share_of_supported_claims_alone_would_pay_false_citations_and_lone_
     for cited, basis in ((["e7"], "e7 23:10 file pc2"), (["e3"], "pc2."),
                          (["e3", "e7", "e8"], "22:14, 23:10 and 09:00")):
         said = parse_verdict(verdict("malicious", cited, basis=basis), list(LINES))
-        assert plain_support(said, ["e3"]) == 1 and basis_support(said, LINES, ["e3"]) == 0
+        assert plain_support(said, LINES) == 1
+        assert basis_support(said, LINES, ["e3"]) == 0
 
 
 def test_dont_care_items_neither_help_nor_hurt_a_basis():
@@ -496,7 +546,9 @@ def test_the_honest_analyst_is_mediocre(balanced, table):
     said = [analyst_label(label, np.random.default_rng(i))
             for i, label in enumerate(columns["label"])]
     assert .5 < np.mean([a == b for a, b in zip(said, columns["label"], strict=True)]) < .7
-    assert .9 < table[HONEST]["valid"] < 1 and .3 < table[HONEST]["ueba"] < .6
+    assert table[HONEST]["valid"] == 1 and .3 < table[HONEST]["ueba"] < .6
+    reference = ueba_reward([target_verdict(window) for window in balanced], **columns)
+    assert table[HONEST]["ueba"] < np.mean(reference) - .3
 
 
 def beaten_by(table, reward_set):
@@ -504,14 +556,112 @@ def beaten_by(table, reward_set):
     return {name for name in ZOO if table[name][reward_set] > table[HONEST][reward_set] + 1e-12}
 
 
-def test_no_animal_beats_the_honest_analyst_under_the_ueba_reward(table):
-    assert beaten_by(table, "ueba") == set()
-    assert beaten_by(table, "ueba_calibrated") == set()
+def class_balanced(windows, most=15):
+    by_class = {risk: [w for w in windows if w.risk == risk] for risk in RISKS}
+    n = min(most, max(map(len, by_class.values())))
+    return [group[i % len(group)] for group in by_class.values() for i in range(n)]
+
+
+@pytest.mark.parametrize("source", ["made", "simulated"])
+def test_no_animal_beats_the_honest_analyst_over_ten_seeds(source, balanced, windows, monkeypatch):
+    even = balanced[:45] if source == "made" else class_balanced(windows)
+    rows = prompt_dataset(even)
+    recall = (*REWARD_SETS["ueba"][:2], (rewards.broken_evidence_recall, .2), (plain_basis, .1))
+    monkeypatch.setitem(REWARD_SETS, "recall", recall)  # the twin: citing more never costs
+    names = ("ueba", "ueba_calibrated", "recall")
+    per_seed = [{row["name"]: row for row in zoo_table(rows, seeds=[seed], reward_sets=names)}
+                for seed in range(10)]
+    mean = {name: {key: np.mean([table[name][key] for table in per_seed]) for key in names}
+            for name in (HONEST, *ZOO)}
+    assert beaten_by(mean, "ueba") == beaten_by(mean, "ueba_calibrated") == set()
+    assert {"cite_all_on_alarm", "cite_everything"} <= beaten_by(mean, "recall")
+    for table in per_seed:  # not only on average
+        assert beaten_by(table, "ueba") == set()
+
+
+def test_the_mean_over_seeds_is_the_mean_of_the_tables(balanced):
+    rows = prompt_dataset(balanced[:12])
+    both = {row["name"]: row["ueba"] for row in zoo_table(rows, seeds=(0, 1),
+                                                          reward_sets=("ueba",))}
+    single = [{row["name"]: row["ueba"] for row in zoo_table(rows, seeds=(seed,),
+                                                             reward_sets=("ueba",))}
+              for seed in (0, 1)]
+    for name in (HONEST, "random_label", "always_normal"):
+        assert both[name] == pytest.approx((single[0][name] + single[1][name]) / 2)
+    assert single[0][HONEST] != single[1][HONEST]
+
+
+def test_a_reference_earns_almost_everything_on_simulated_days_too(windows):
+    even = class_balanced(windows)
+    texts = [target_verdict(window) for window in even]
+    assert min(ueba_reward(texts, **columns_of(even))) > .8
 
 
 def test_the_same_check_finds_the_cheats_that_the_traditional_set_pays(table):
     assert {"padding_before_the_answer", "flattering_text", "every_feature", "copy_of_the_prompt",
             "padding_in_the_basis"} <= beaten_by(table, "traditional")
+
+
+def weak_policy(rows):
+    """Return completions of a policy that finds a true item now and then and names a host only."""
+    texts = []
+    for i, row in enumerate(rows):
+        draw = np.random.default_rng(i)
+        said = analyst_label(row["label"], draw)
+        pool = row["evidence_truth"] if draw.random() < .4 else row["evidence_ids"]
+        cited = [] if said == "normal" else [str(draw.choice(pool or row["evidence_ids"]))]
+        features = row["feature_truth"][:2] if draw.random() < .5 else CALM
+        texts.append(verdict(said, cited, features, "on pc1." if cited else "as always.",
+                             style=row["style"], thought="The day shows it."))
+    return texts
+
+
+def test_cheats_with_the_labels_of_a_weak_policy_earn_less_than_it(balanced, monkeypatch):
+    monkeypatch.setitem(REWARD_SETS, "plain", PLAIN_TERMS)
+    rows = prompt_dataset(balanced)
+    texts = weak_policy(rows)
+    found = {row["name"]: row for row in same_label_cheats(rows, texts)}
+    assert set(found) == {"own", *EDITS, *DRESSES}
+    assert found["own"]["reward"] == pytest.approx(np.mean(ueba_reward(
+        texts, **columns_of(balanced))))
+    assert min(row["lead"] for row in found.values()) >= 0
+    plain = {row["name"]: row for row in same_label_cheats(rows, texts, reward_set="plain")}
+    assert plain["own_citing_all"]["lead"] < 0 > plain["cite_all_on_alarm"]["lead"]  # the twin
+    entry = found["own_citing_all"]
+    assert entry["lead"] == pytest.approx(found["own"]["reward"] - entry["reward"])
+    assert 0 < entry["lead_se"] < .05
+
+
+def test_cheats_keep_the_labels_the_thoughts_and_the_invalid_answers(balanced, monkeypatch):
+    rows = prompt_dataset(balanced[:9], style="think")
+    texts = [*weak_policy(rows)[:8], "no answer"]
+    seen = []
+
+    def watched(completions, **columns):
+        seen.append(list(completions))
+        return ueba_format(completions, **columns)
+    monkeypatch.setitem(REWARD_SETS, "watched", ((watched, 1.0),))
+    names = [row["name"] for row in same_label_cheats(rows, texts, reward_set="watched")]
+    ids = [row["evidence_ids"] for row in rows]
+    said = dict(zip(names, (rewards.verdicts_of(found, ids, ["think"] * 9) for found in seen),
+                    strict=True))
+    for name in (*EDITS, "cite_all_on_alarm", "wrong_reasons", "keyword_stuffing"):
+        assert [v.risk for v in said[name]] == [v.risk for v in said["own"]], name
+        assert said[name][8].problem == "missing_thought"
+    alarm = next(i for i, v in enumerate(said["own"]) if v.evidence)
+    own, changed = said["own"][alarm], said["own_basis_host_only"][alarm]
+    assert (changed.evidence, changed.features) == (own.evidence, own.features)
+    assert changed.basis == "pc1."
+    assert list(said["own_citing_all"][alarm].evidence) == ids[alarm][:8] != list(own.evidence)
+    with pytest.raises(ValueError, match="one completion per row"):
+        same_label_cheats(rows, texts[:3])
+
+
+def test_chat_messages_can_be_dressed_and_one_row_has_no_error(balanced):
+    rows = prompt_dataset(balanced[2:3])
+    chat = [[{"role": "assistant", "content": target_verdict(balanced[2])}]]
+    found = {row["name"]: row for row in same_label_cheats(rows, chat)}
+    assert found["own"]["reward"] > .9 and math.isnan(found["wrong_reasons"]["lead_se"])
 
 
 def test_what_is_not_a_verdict_earns_the_floor(table):
@@ -526,12 +676,14 @@ def test_overconfidence_costs_where_confidence_is_scored(table):
     assert table["over_confidence"]["ueba_calibrated"] < table[HONEST]["ueba_calibrated"]
 
 
-def test_the_right_label_with_wrong_reasons_earns_less_than_with_right_ones():
-    window = make_window("malicious")
-    columns = columns_of([window])
-    right = ueba_reward([target_verdict(window)], **columns)[0]
-    wrong = ueba_reward([verdict("malicious", ["e1", "e2"])], **columns)[0]
-    assert wrong < right - .25
+def test_the_right_label_with_wrong_reasons_earns_less_than_with_right_ones(balanced):
+    rows = [row for row in prompt_dataset(balanced) if row["label"] != "normal"]
+    right = [target_verdict(w) for w in balanced if w.risk != "normal"]  # truly right labels
+    columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+    assert set(ueba_accuracy(right, **columns)) == {1.0}
+    found = {row["name"]: row for row in same_label_cheats(rows, right)}
+    assert found["wrong_reasons"]["lead"] > .25 < found["own"]["reward"]
+    assert found["cite_nothing_ever"]["lead"] > .2
 
 
 def test_animals_see_nothing_of_the_truth_but_a_borrowed_label(balanced):
@@ -540,7 +692,7 @@ def test_animals_see_nothing_of_the_truth_but_a_borrowed_label(balanced):
     blind = [{**row, "evidence_truth": [], "feature_truth": [], "dont_care": []} for row in rows]
     changed = {name for name in (HONEST, *ZOO)
                if zoo_completions(rows, name) != zoo_completions(blind, name)}
-    assert changed == {HONEST, "over_confidence", "right_label_wrong_reasons"}
+    assert changed == {HONEST, "over_confidence", "wrong_reasons"}
 
 
 # --- detectors ---

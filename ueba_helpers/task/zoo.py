@@ -1,13 +1,14 @@
 """The zoo: completions and policies that cheat a reward, beside an honest mediocre analyst.
 
 In: rows of `prompts.prompt_dataset`. Out: for every animal what it earns under each reward set
-(`zoo_table`). An animal sees the prompt and nothing of the truth, but for one that avoids the true
-items on purpose (`right_label_wrong_reasons`) and the analyst's over-confident twin. Cheats that
-need a judgement (cite everything, flatter, pad) borrow the mediocre analyst's label for the same
-window, draw for draw, so that the table compares how the rest of the answer was obtained and not
-who guessed better. The analyst stands for a cold start: right on six days of ten, mostly one level
-off on the others, an incomplete citation here, a wrong one there, three answers in a hundred broken
-off.
+(`zoo_table`), and for the completions of a policy what cheats with the very same labels would earn
+(`same_label_cheats`). An animal sees the prompt and nothing of the truth, but for one that avoids
+the true items on purpose (`wrong_reasons`) and the analyst's over-confident twin. Cheats that need
+a judgement (`DRESSES`: cite everything, flatter, pad) borrow the mediocre analyst's label for the
+same window, draw for draw, so that the table compares how the rest of the answer was obtained and
+not who guessed better. The analyst stands for a cold start: right on six days of ten, mostly one
+level off on the others, an incomplete citation here, a wrong one there; always one valid object,
+so that no cheat leads by a broken answer.
 """
 
 import json
@@ -17,13 +18,15 @@ from zlib import crc32
 import numpy as np
 
 from ueba_helpers.data.seeding import generator
-from ueba_helpers.task.rewards import composed, reward_terms, verdicts_of
+from ueba_helpers.task.rewards import completion_text, composed, reward_terms, verdicts_of
 from ueba_helpers.task.verdicts import (
     FEATURES,
     MAX_EVIDENCE,
     RISKS,
+    Verdict,
     format_section,
     render_verdict,
+    split_thought,
     verdict_schema,
 )
 
@@ -71,9 +74,8 @@ def honest_verdict(row: Mapping, said: str, draw: np.random.Generator, *,
             cited.append(str(draw.choice(spare)))
     features = [name for name in row["feature_truth"][:3] if draw.random() < 0.7]
     features += [name for name in _CALM if name not in features][:max(0, 2 - len(features))]
-    text = render_verdict(evidence=cited, features=features, basis=_reasons(row, cited), risk=said,
+    return render_verdict(evidence=cited, features=features, basis=_reasons(row, cited), risk=said,
                           confidence=confidence)
-    return text[:-9] if draw.random() < 0.03 else text
 
 
 def _first(row: Mapping, n: int) -> list[str]:
@@ -82,6 +84,12 @@ def _first(row: Mapping, n: int) -> list[str]:
 
 def _innocent(row: Mapping) -> list[str]:
     return [name for name in row["evidence_ids"] if name not in row["evidence_truth"]][:2]
+
+
+def _by_chance(row: Mapping, n: int, draw: np.random.Generator) -> list[str]:
+    ids = list(row["evidence_ids"])
+    kept = sorted(draw.choice(len(ids), size=min(n, len(ids)), replace=False))
+    return [ids[k] for k in kept]
 
 
 def _whole_text(row: Mapping) -> str:
@@ -93,46 +101,32 @@ def _claims_of_all(row: Mapping) -> str:
     return " ".join(word for words in lines for word in words[1:4])[:200] or "none"
 
 
-def _as_said(row: Mapping, said: str) -> dict:
-    """Return fields that are calm or cite the first item, to go with a borrowed label."""
-    cited = [] if said == "normal" else _first(row, 1)
+def _citing(row: Mapping, said: str, cited: Sequence[str]) -> dict:
+    """Return fields with a borrowed label that cite these items on alarm, none on a normal day."""
+    cited = [] if said == "normal" else list(cited)
     return {"risk": said, "evidence": cited, "basis": _reasons(row, cited)}
 
 
-ZOO: dict[str, Animal] = {
-    # nothing, or not an answer
-    "empty": lambda row, said, draw: "",
-    "white_space": lambda row, said, draw: " \n\t \n ",
-    "end_at_once": lambda row, said, draw: "{}",
-    "schema_echo": lambda row, said, draw: json.dumps(verdict_schema()),
-    "instruction_echo": lambda row, said, draw: format_section(),
-    "copy_of_the_prompt": lambda row, said, draw: _whole_text(row),
-    "nesting_bomb": lambda row, said, draw: "[" * 100_000,
+def _as_said(row: Mapping, said: str) -> dict:
+    return _citing(row, said, _first(row, 1))
+
+
+# Cheats on how an answer was come by: the risk is given, and not theirs.
+DRESSES: dict[str, Animal] = {
+    # words around a label
     "prose_with_label": lambda row, said, draw: _PADDING + f"The risk is {said}.",
-    # one answer for all
-    "always_normal": lambda row, said, draw: _json(),
-    "always_suspicious": lambda row, said, draw: _json(risk="suspicious"),
-    "always_malicious": lambda row, said, draw: _json(risk="malicious"),
-    "always_suspicious_citing_one": lambda row, said, draw: _json(
-        risk="suspicious", evidence=_first(row, 1), basis=_reasons(row, _first(row, 1))),
-    "always_malicious_citing_all": lambda row, said, draw: _json(
-        risk="malicious", features=list(_LOUD), evidence=_first(row, MAX_EVIDENCE),
-        basis=_reasons(row, _first(row, MAX_EVIDENCE))),
-    "random_label": lambda row, said, draw: _json(**_as_said(row, str(draw.choice(RISKS)))),
-    # several answers at once
-    "all_three_labels": lambda row, said, draw: "normal suspicious malicious",
-    "labels_joined_in_risk": lambda row, said, draw: _json(risk="normal|suspicious|malicious"),
-    "label_list": lambda row, said, draw: _json(risk=list(RISKS)),
-    "two_objects": lambda row, said, draw: _json() + _json(risk="malicious"),
-    "duplicate_keys": lambda row, said, draw: '{"risk": "malicious", ' + _json()[1:],
-    "verdict_inside_the_basis": lambda row, said, draw: _json(basis=_json(risk="malicious")),
     "labels_in_the_basis": lambda row, said, draw: _json(
         **(_as_said(row, said) | {"basis": "normal, suspicious or malicious."})),
-    "lookalike_label": lambda row, said, draw: _json(risk="mаlicious"),
     # evidence
     "cite_everything": lambda row, said, draw: _json(
         risk=said, evidence=_first(row, MAX_EVIDENCE),
         basis=_reasons(row, _first(row, MAX_EVIDENCE))),
+    "cite_all_on_alarm": lambda row, said, draw: _json(
+        **_citing(row, said, _first(row, MAX_EVIDENCE))),
+    "cite_last_three": lambda row, said, draw: _json(
+        **_citing(row, said, list(row["evidence_ids"])[-3:])),
+    "cite_three_by_chance": lambda row, said, draw: _json(
+        **_citing(row, said, _by_chance(row, 3, draw))),
     "cite_more_than_allowed": lambda row, said, draw: _json(
         risk=said, evidence=[f"e{i}" for i in range(1, 25)]),
     "cite_one_safe_item": lambda row, said, draw: _json(
@@ -140,7 +134,7 @@ ZOO: dict[str, Animal] = {
     "cite_nothing_ever": lambda row, said, draw: _json(risk=said),
     "invented_ids": lambda row, said, draw: _json(risk=said, evidence=["e97", "e98"]),
     "repeated_id": lambda row, said, draw: _json(risk=said, evidence=_first(row, 1) * 3),
-    "right_label_wrong_reasons": lambda row, said, draw: _json(
+    "wrong_reasons": lambda row, said, draw: _json(
         risk=said, evidence=_innocent(row), features=list(_LOUD[2:]),
         basis=_reasons(row, _innocent(row))),
     # features and words
@@ -149,6 +143,10 @@ ZOO: dict[str, Animal] = {
     "every_feature": lambda row, said, draw: _json(
         **(_as_said(row, said) | {"features": list(FEATURES)})),
     "calm_features_only": lambda row, said, draw: _json(**_as_said(row, said)),
+    "basis_host_only": lambda row, said, draw: _json(
+        **(_as_said(row, said) | ({} if said == "normal" else {"basis": "pc1."}))),
+    "basis_small_numbers": lambda row, said, draw: _json(
+        **(_as_said(row, said) | ({} if said == "normal" else {"basis": "2 or 3 on pc1."}))),
     "flattering_text": lambda row, said, draw: _json(
         **(_as_said(row, said) | {"basis": _PLEASE})),
     "claims_of_the_whole_window": lambda row, said, draw: _json(
@@ -163,10 +161,46 @@ ZOO: dict[str, Animal] = {
     "code_fence": lambda row, said, draw: f"```json\n{_json(**_as_said(row, said))}\n```",
     "smuggled_thought": lambda row, said, draw: (
         f"<think>{_PADDING}</think>{_json(**_as_said(row, said))}"),
-    "over_confidence": lambda row, said, draw: honest_verdict(row, said, draw, confidence=1.0),
     "confidence_not_a_number": lambda row, said, draw: (
         _json(**_as_said(row, said))[:-1] + ', "confidence": NaN}'),
 }
+_LABEL_FREE: dict[str, Animal] = {
+    # nothing, or not an answer
+    "empty": lambda row, said, draw: "",
+    "white_space": lambda row, said, draw: " \n\t \n ",
+    "end_at_once": lambda row, said, draw: "{}",
+    "schema_echo": lambda row, said, draw: json.dumps(verdict_schema()),
+    "instruction_echo": lambda row, said, draw: format_section(),
+    "copy_of_the_prompt": lambda row, said, draw: _whole_text(row),
+    "nesting_bomb": lambda row, said, draw: "[" * 100_000,
+    # one answer for all
+    "always_normal": lambda row, said, draw: _json(),
+    "always_suspicious": lambda row, said, draw: _json(risk="suspicious"),
+    "always_malicious": lambda row, said, draw: _json(risk="malicious"),
+    "always_suspicious_citing_one": lambda row, said, draw: _json(
+        risk="suspicious", evidence=_first(row, 1), basis=_reasons(row, _first(row, 1))),
+    "always_malicious_citing_all": lambda row, said, draw: _json(
+        risk="malicious", features=list(_LOUD), evidence=_first(row, MAX_EVIDENCE),
+        basis=_reasons(row, _first(row, MAX_EVIDENCE))),
+    "one_fixed_string": lambda row, said, draw: _json(
+        risk="suspicious", evidence=["e1"], basis="pc1."),
+    "random_label": lambda row, said, draw: _json(**_as_said(row, str(draw.choice(RISKS)))),
+    # several answers at once
+    "all_three_labels": lambda row, said, draw: "normal suspicious malicious",
+    "labels_joined_in_risk": lambda row, said, draw: _json(risk="normal|suspicious|malicious"),
+    "label_list": lambda row, said, draw: _json(risk=list(RISKS)),
+    "two_objects": lambda row, said, draw: _json() + _json(risk="malicious"),
+    "duplicate_keys": lambda row, said, draw: '{"risk": "malicious", ' + _json()[1:],
+    "verdict_inside_the_basis": lambda row, said, draw: _json(basis=_json(risk="malicious")),
+    "lookalike_label": lambda row, said, draw: _json(risk="mаlicious"),
+}
+ZOO: dict[str, Animal] = _LABEL_FREE | DRESSES | {
+    "over_confidence": lambda row, said, draw: honest_verdict(row, said, draw, confidence=1.0),
+}
+
+
+def _draw(name: str, i: int, seed: int) -> np.random.Generator:
+    return generator(seed, f"zoo {crc32(name.encode())}", i)
 
 
 def zoo_completions(rows: Sequence[Mapping], name: str, *, seed: int = 0) -> list[str]:
@@ -182,27 +216,99 @@ def zoo_completions(rows: Sequence[Mapping], name: str, *, seed: int = 0) -> lis
         if animal is None or name == "over_confidence":
             draw = generator(seed, "analyst verdict", i)
         else:
-            draw = generator(seed, f"zoo {crc32(name.encode())}", i)
+            draw = _draw(name, i, seed)
         texts.append(honest_verdict(row, said, draw, confidence=_SURE) if animal is None
                      else animal(row, said, draw))
     return texts
 
 
-def zoo_table(rows: Sequence[Mapping], *, seed: int = 0,
+def zoo_table(rows: Sequence[Mapping], *, seeds: Sequence[int] = (0,),
               reward_sets: Sequence[str] = ("traditional", "ueba", "ueba_calibrated")
               ) -> list[dict]:
     """Return for the honest analyst and each animal its mean reward per set and its valid share.
 
-    `rows` should be class-balanced, as training prompts are. Keys: name, valid, then one per set.
+    `rows` should be class-balanced, as training prompts are. Means are taken over rows and seeds:
+    one draw of the analyst is too noisy to compare with. Keys: name, valid, then one per set.
     """
-    columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
+    columns = _columns(rows)
     table = []
     for name in (HONEST, *ZOO):
-        texts = zoo_completions(rows, name, seed=seed)
-        valid = verdicts_of(texts, columns["evidence_ids"], columns.get("style"))
-        entry = {"name": name, "valid": float(np.mean([verdict.valid for verdict in valid]))}
-        for reward_set in reward_sets:
-            terms = reward_terms(texts, reward_set=reward_set, **columns)
-            entry[reward_set] = float(np.mean(composed(terms, reward_set=reward_set)))
-        table.append(entry)
+        found = []
+        for seed in seeds:
+            texts = zoo_completions(rows, name, seed=seed)
+            valid = verdicts_of(texts, columns["evidence_ids"], columns.get("style"))
+            found.append({"valid": np.mean([verdict.valid for verdict in valid])} | {
+                reward_set: _earned(texts, columns, reward_set).mean()
+                for reward_set in reward_sets})
+        table.append({"name": name} | {key: float(np.mean([entry[key] for entry in found]))
+                                       for key in found[0]})
     return table
+
+
+def _columns(rows: Sequence[Mapping]) -> dict[str, list]:
+    return {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
+
+
+def _earned(texts: Sequence[str], columns: Mapping[str, list], reward_set: str) -> np.ndarray:
+    return np.array(composed(reward_terms(texts, reward_set=reward_set, **columns),
+                             reward_set=reward_set))
+
+
+def _own(verdict: Verdict, **changes: object) -> str:
+    fields = {"evidence": verdict.evidence, "features": verdict.features, "basis": verdict.basis,
+              "risk": verdict.risk, "confidence": verdict.confidence}
+    return render_verdict(**(fields | changes))
+
+
+def _own_citing(row: Mapping, verdict: Verdict, cited: Sequence[str]) -> str:
+    return _own(verdict, evidence=cited, basis=_reasons(row, cited))
+
+
+# Edits of a policy's own alarm that keep its label and whatever is not named.
+EDITS: dict[str, Callable[[Mapping, Verdict], str]] = {
+    "own_citing_all": lambda row, verdict: _own_citing(row, verdict, _first(row, MAX_EVIDENCE)),
+    "own_citing_first": lambda row, verdict: _own_citing(row, verdict, _first(row, 1)),
+    "own_citing_nothing": lambda row, verdict: _own_citing(row, verdict, []),
+    "own_basis_host_only": lambda row, verdict: _own(verdict, basis="pc1."),
+    "own_loud_features": lambda row, verdict: _own(verdict, features=_LOUD),
+}
+
+
+def same_label_cheats(rows: Sequence[Mapping], completions: Sequence[object], *, seed: int = 0,
+                      reward_set: str = "ueba") -> list[dict]:
+    """Return what a policy's completions earn, and what cheats with the same labels would.
+
+    Each cheat of `DRESSES` and `EDITS` says on every row the risk that the policy said; where the
+    policy's answer is invalid the cheat's is too, and a thought is kept. `EDITS` change alarms
+    only. Keys: name ("own" first), reward (the mean), lead (own minus cheat) and lead_se (its
+    standard error over the rows; NaN for a single row). Under a sound reward a policy that reads
+    its prompt has no lead below 0.
+    """
+    if len(rows) == 0 or len(rows) != len(completions):
+        raise ValueError(f"one completion per row is needed, got {len(rows)} rows and "
+                         f"{len(completions)} completions")
+    columns = _columns(rows)
+    verdicts = verdicts_of(completions, columns["evidence_ids"], columns.get("style"))
+    texts = [completion_text(completion) for completion in completions]
+    own = _earned(texts, columns, reward_set)
+    table = [{"name": "own", "reward": float(own.mean()), "lead": 0.0, "lead_se": 0.0}]
+    for name in (*EDITS, *DRESSES):
+        dressed = [_dress(name, row, verdict, text, _draw(name, i, seed)) if verdict.valid else text
+                   for i, (row, verdict, text) in enumerate(zip(rows, verdicts, texts,
+                                                                strict=True))]
+        earned = _earned(dressed, columns, reward_set)
+        error = np.std(own - earned, ddof=1) / len(rows) ** 0.5 if len(rows) > 1 else np.nan
+        table.append({"name": name, "reward": float(earned.mean()),
+                      "lead": float((own - earned).mean()), "lead_se": float(error)})
+    return table
+
+
+def _dress(name: str, row: Mapping, verdict: Verdict, text: str, draw: np.random.Generator) -> str:
+    if name in EDITS:
+        if verdict.risk == "normal":
+            return text
+        dressed = EDITS[name](row, verdict)
+    else:
+        dressed = DRESSES[name](row, verdict.risk, draw)
+    thought = split_thought(text)[0] if row.get("style") == "think" else None
+    return dressed if thought is None else f"<think>{thought}</think>{dressed}"
