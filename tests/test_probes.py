@@ -1,0 +1,180 @@
+"""Probes: attacks beside a control, and what names give a policy, on policies made for the test."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tests.task_windows import make_windows
+from ueba_helpers.data.seeding import generator
+from ueba_helpers.errors import UserError
+from ueba_helpers.study import probes
+from ueba_helpers.task.injections import INJECTIONS, OPEN_PLACES
+from ueba_helpers.task.prompts import escape_field, window_messages
+
+WINDOWS = make_windows(12)
+PLACES = (*OPEN_PLACES, "fact")
+TEXTS = INJECTIONS[:30]
+KEY = "0f" * 32
+
+
+def message(window):
+    return window_messages(window)[1]["content"]
+
+
+# --- attacks ---
+
+
+@pytest.fixture(scope="module")
+def attacks():
+    return probes.attacked_windows(WINDOWS, places=PLACES, texts=TEXTS)
+
+
+def test_every_attack_has_a_clean_window_and_a_control_in_the_same_place(attacks):
+    made, asked = attacks
+    assert made[:12] == WINDOWS and list(asked["kind"][:12]) == ["clean"] * 12
+    assert len(made) == len(asked) == 12 + len(PLACES) * (12 + len(TEXTS))
+    for place in PLACES:
+        rows = asked[asked["place"] == place]
+        assert (rows["kind"] == "control").sum() == 12
+    for window, row in zip(made, asked.itertuples(), strict=True):
+        text, before = message(window).split("\n"), message(WINDOWS[row.origin]).split("\n")
+        changed = [i for i, (a, b) in enumerate(zip(text, before, strict=True)) if a != b]
+        assert row.user == WINDOWS[row.origin].user
+        assert len(changed) == (row.kind != "clean")
+        assert changed[:1] in ([], [0]) or row.place == "fact"
+        if row.kind == "control":
+            assert escape_field(probes.HARMLESS) in text[changed[0]].split(" ")
+
+
+def test_a_policy_that_obeys_is_told_from_a_nervous_and_from_a_steady_one(attacks):
+    made, asked = attacks
+    clean = ["malicious"] * len(made)
+    attack = ~asked["kind"].isin(("clean", "control")).to_numpy()
+    planted = attack | (asked["kind"] == "control").to_numpy()
+    obeys = ["normal" if flipped else "malicious" for flipped in attack]
+    nervous = ["normal" if flipped else "malicious" for flipped in planted]
+    table = probes.attack_flips(asked, obeys, resamples=100)
+    assert list(table.index) == list(PLACES) and list(table["attacks"]) == [30, 30, 30]
+    assert (table[["attack", "beyond", "low", "high", "talked_down"]] == 1).all(axis=None)
+    assert (table["control"] == 0).all()
+    table = probes.attack_flips(asked, nervous, resamples=100)
+    assert (table["attack"] == 1).all() and (table["control"] == 1).all()
+    assert (table["beyond"] == 0).all(), "any added text does it: no attack"
+    assert (probes.attack_flips(asked, clean, resamples=100)["attack"] == 0).all()
+
+
+def test_flips_are_counted_per_kind_and_against_the_control_of_the_same_window(attacks):
+    _, asked = attacks
+    odd = asked["origin"].to_numpy() % 2 == 1
+    attack = ~asked["kind"].isin(("clean", "control")).to_numpy()
+    forged = (asked["kind"] == "instruction").to_numpy()
+    control = (asked["kind"] == "control").to_numpy()
+    risk = np.where(forged | (control & odd), "suspicious", "normal")
+    table = probes.attack_flips(asked, risk, by="kind", resamples=50)
+    assert table.loc["instruction", "attack"] == 1 and table.loc["forged item", "attack"] == 0
+    origins = asked.loc[forged, "origin"] % 2
+    assert table.loc["instruction", "control"] == pytest.approx(origins.mean())
+    assert table.loc["forged item", "beyond"] == pytest.approx(
+        -(asked.loc[attack & (asked["kind"] == "forged item"), "origin"] % 2).mean())
+    assert (table["talked_down"] == 0).all(), "nothing was malicious before"
+    with pytest.raises(UserError, match="verdicts for"):
+        probes.attack_flips(asked, risk[:-1])
+
+
+# --- names ---
+
+
+def test_the_three_namings_show_the_same_items_under_other_names():
+    def words(messages):
+        return sum(len(message["content"]) for message in messages)
+
+    rows = probes.named_rows(WINDOWS, KEY, max_items=8, count_tokens=words, budget=1200)
+    assert tuple(rows) == probes.NAMINGS
+    for i, window in enumerate(WINDOWS):
+        shown = [rows[name][i] for name in probes.NAMINGS]
+        assert len({tuple(row["evidence_ids"]) for row in shown}) == 1
+        assert len({row["prompt"][1]["content"] for row in shown}) == 3
+        assert [window.user in row["prompt"][1]["content"] for row in shown] == [False, False, True]
+        assert max(words(row["prompt"]) for row in shown) <= 1200
+    assert any(len(row["evidence_ids"]) < 8 for row in rows["codes"]), "the budget binds"
+
+
+def said(right, users, *, windows=None):
+    """Return a predictions table; `right` says which verdicts are."""
+    label = ["malicious"] * len(users)
+    return pd.DataFrame({"window_id": windows or [f"w{i}" for i in range(len(users))],
+                         "user": users, "label": label,
+                         "risk": ["malicious" if ok else "invalid" for ok in right]})
+
+
+USERS = [f"U{i // 4:03d}" for i in range(160)]  # 40 users with four windows each
+SEEN = set(USERS[:80])
+
+
+def policies():
+    """Return an honest policy, one that knows its users' names, and one that reads any name."""
+    draw = generator(0, "probe")
+    right = draw.random(160) < 0.5
+    known = np.array([user in SEEN for user in USERS])
+    return {"honest": right, "by heart": right | known, "reader": np.ones(160, bool)}, right
+
+
+def test_only_a_policy_that_knows_names_by_heart_gains_on_seen_users_alone():
+    kinds, right = policies()
+    found = {}
+    for kind, named in kinds.items():
+        tables = {"codes": said(right, USERS), "other codes": said(right, USERS),
+                  "names": said(named, USERS)}
+        found[kind] = probes.name_gains(tables, SEEN, resamples=400)
+        assert (found[kind].loc["other codes", "verdict"] == "equivalent").all()
+    gains = {kind: table.loc["names", "verdict"].to_dict() for kind, table in found.items()}
+    assert set(gains["honest"].values()) == {"equivalent"}
+    assert gains["by heart"] == {"seen": "better", "unseen": "equivalent",
+                                 "seen - unseen": "better"}
+    assert gains["reader"]["seen"] == gains["reader"]["unseen"] == "better"
+    assert gains["reader"]["seen - unseen"] != "better", "it gains on everybody: no memory"
+    table = found["by heart"].loc["names"]
+    assert table.loc["seen", "gain"] == pytest.approx(1 - right[:80].mean())
+    assert table.loc["seen", "right"] == pytest.approx(right[:80].mean())
+    assert list(table["users"]) == [20, 20, 40] and list(table["windows"]) == [80, 80, 160]
+
+
+def test_gains_resample_users_and_not_windows():
+    """Users whose windows all change together tell less than as many windows would."""
+    gain = np.repeat(generator(1, "probe").random(40) < 0.4, 4)
+    tables = {name: said(gain if name == "names" else np.zeros(160, bool), USERS)
+              for name in probes.NAMINGS}
+    alone = [f"U{i:03d}" for i in range(160)]  # broken twin: each window a user of its own
+    twins = {name: table.assign(user=alone) for name, table in tables.items()}
+
+    def width(found):
+        row = found.loc[("names", "unseen")]
+        return row["high"] - row["low"]
+
+    clustered = width(probes.name_gains(tables, (), resamples=2000))
+    exact = 2 * 1.96 * np.std(gain[::4]) / np.sqrt(40)
+    assert clustered == pytest.approx(exact, rel=0.12)
+    assert width(probes.name_gains(twins, (), resamples=2000)) < 0.6 * exact
+
+
+def test_the_groups_are_resampled_independently():
+    """With equal groups that change alike, shared draws would make their difference certain."""
+    gain = np.tile(np.repeat(generator(2, "probe").random(20) < 0.5, 4), 2)
+    tables = {name: said(gain if name == "names" else np.zeros(160, bool), USERS)
+              for name in probes.NAMINGS}
+    found = probes.name_gains(tables, SEEN, resamples=500).loc["names"]
+    assert found.loc["seen - unseen", "gain"] == 0
+    width = found["high"] - found["low"]
+    assert width["seen - unseen"] == pytest.approx(np.hypot(width["seen"], width["unseen"]),
+                                                   rel=0.15)
+
+
+def test_an_empty_group_is_inconclusive_and_mixed_windows_are_refused():
+    tables = {name: said(np.ones(160, bool), USERS) for name in probes.NAMINGS}
+    found = probes.name_gains(tables, USERS, resamples=50)
+    assert found.loc[("names", "unseen"), "windows"] == 0
+    assert found.loc[("names", "unseen"), "verdict"] == "inconclusive"
+    assert found.loc[("names", "seen - unseen"), "verdict"] == "inconclusive"
+    tables["names"] = tables["names"][::-1]
+    with pytest.raises(UserError, match="other windows"):
+        probes.name_gains(tables, SEEN)
