@@ -191,14 +191,43 @@ def test_the_fast_parser_and_the_model_agree(fields):
     assert parse_verdict(json.dumps(fields), IDS).valid == accepted_by_model(fields)
 
 
-@settings(max_examples=500, deadline=None)
-@given(st.integers(1, 126).map(chr))
-def test_parser_model_and_schema_agree_on_every_character_of_a_basis(char):
-    fields = GOOD | {"basis": f"a{char}b"}
-    valid = parse_verdict(json.dumps(fields), IDS).valid
-    assert valid == accepted_by_model(fields)
-    schema = verdict_schema()["properties"]["basis"]["pattern"]
-    assert valid == bool(re.search(schema, fields["basis"]))
+def accepted_by_schema(fields):
+    """Return whether the JSON schema accepts the fields for a window with the ids `IDS`."""
+    try:
+        jsonschema.validate(fields, verdict_schema(IDS))
+    except jsonschema.ValidationError:
+        return False
+    return True
+
+
+EVERY_CHARACTER = [*map(chr, range(256)), "\u2028", "\u200b", "\ufeff", "\ud800", "а", "０"]
+
+
+@pytest.mark.parametrize("frame", ["{}", "{}b", "a{}", "a{}b"])
+def test_parser_model_and_schema_agree_on_every_character_of_a_basis(frame):
+    seen = set()
+    for char in EVERY_CHARACTER:
+        fields = GOOD | {"basis": frame.format(char)}
+        valid = parse_verdict(json.dumps(fields), IDS).valid
+        assert valid == accepted_by_model(fields) == accepted_by_schema(fields), (frame, char)
+        seen.add(valid)
+    assert seen == {True, False}
+
+
+@pytest.mark.parametrize("name", ["e3\n", "e3", "e0", "e03", "e1234", "E3", "e３"])
+def test_model_and_schema_agree_on_ids_without_a_window(name):
+    fields = GOOD | {"evidence": [name]}
+    try:
+        accepted = bool(VerdictModel.model_validate(fields))
+    except ValidationError:
+        accepted = False
+    found = list(jsonschema.Draft202012Validator(verdict_schema()).iter_errors(fields))
+    assert accepted == (not found) == (name == "e3")
+
+
+def test_a_schema_with_the_pattern_alone_would_let_a_last_line_break_through():
+    pattern = verdict_schema()["properties"]["basis"]["pattern"]
+    assert re.search(pattern, "a\n") and not accepted_by_schema(GOOD | {"basis": "a\n"})
 
 
 def lax_parser(text, ids):

@@ -33,6 +33,9 @@ MAX_THOUGHT_CHARS = 4_000
 BASIS_PATTERN = r"^[!#-;=?-Z^-z|~][ !#-;=?-Z^-z|~]*$"
 _BASIS = re.compile(BASIS_PATTERN[:-1] + r"\Z")
 _ID_PATTERN = r"^e[1-9][0-9]{0,2}$"
+# `$` is the end in ECMA-262 and in pydantic, but in Python also the place before a last line break;
+# no spelling of the end is common to all, so that the schema forbids the line break by itself.
+_ONE_LINE = {"not": {"pattern": "\n"}}
 
 PROBLEMS = (
     "empty", "too_long", "too_nested", "not_json", "not_object", "not_finite", "extra_text",
@@ -48,14 +51,15 @@ class VerdictModel(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    evidence: list[Annotated[str, Field(pattern=_ID_PATTERN)]] = Field(
+    evidence: list[Annotated[str, Field(pattern=_ID_PATTERN,
+                                        json_schema_extra=_ONE_LINE)]] = Field(
         max_length=MAX_EVIDENCE, json_schema_extra={"uniqueItems": True},
         description="item ids, [] on a normal day")
     features: list[Literal[FEATURES]] = Field(
         min_length=MIN_FEATURES, max_length=MAX_FEATURES, json_schema_extra={"uniqueItems": True},
         description="names")
     basis: str = Field(
-        min_length=1, max_length=MAX_BASIS, pattern=BASIS_PATTERN,
+        min_length=1, max_length=MAX_BASIS, pattern=BASIS_PATTERN, json_schema_extra=_ONE_LINE,
         description="times and hosts of these items")
     risk: Literal[RISKS] = Field(description="the judgement")
     confidence: float = Field(
