@@ -5,6 +5,9 @@ balanced training samples, an evaluation sample whose weights restore the natura
 audit tables with one row per check. Refused with a `UserError`: shares that are no shares, a class
 or a split with nothing in it, scores that do not fit the windows.
 
+Audits look at labels of training and dev accounts alone. Those of test accounts stay closed: they
+are compared with the answer key, and nothing about them is reported but that they differ.
+
 An incident is never cut: the insider, the supervisor whose account was abused, and anybody else
 with a labelled row of it go to one side together (accounts in two incidents join them). Groups are
 dealt scenario by scenario, so that each split gets its share of each scenario. With few insiders
@@ -12,7 +15,7 @@ of a scenario a split may hold one or none: `scenario_table` counts them, and re
 than five are descriptive.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -20,10 +23,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from sklearn.ensemble import RandomForestClassifier
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from ueba_helpers.data.cert import Store
 from ueba_helpers.data.seeding import generator
@@ -34,6 +34,8 @@ from ueba_helpers.data.windows import (
     RULE_FEATURES,
     WEEK_FEATURES,
     behaviour,
+    evidence,
+    label,
 )
 from ueba_helpers.errors import UserError
 
@@ -339,18 +341,18 @@ def _strata(ranked: np.ndarray, n: int) -> list[tuple[np.ndarray, int]]:
 # ---------------------------------------------------------------------------------------------
 # Audits
 
-Detector = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+Detector = Callable[[pd.DataFrame, pd.DataFrame], np.ndarray]
+OUTCOMES = ("passed", "failed", "not judged")
 _NUMBERS = (*BEHAVIOUR_FEATURES, *PAST_FEATURES, *WEEK_FEATURES)
-_CHECKED = (*_NUMBERS, *RULE_FEATURES)
-_MOST_ROWS = 4000
-
-
-def logistic_detector(
-    train: np.ndarray, labels: np.ndarray, held_out: np.ndarray
-) -> np.ndarray:
-    """Return scores of `held_out` (M, F) from a logistic regression on `train` (N, F)."""
-    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=200))
-    return model.fit(train, labels).decision_function(held_out)
+_CHECKED = (*_NUMBERS, *RULE_FEATURES, "enough_history")
+_CHECKED_WORDS = ("role", "department", "ldap_month")
+_CHECKED_ITEMS = ("item", "kind", "start", "end", "pc", "detail", "n", "facts", "event_ids",
+                  "deviation", "features", "dropped")
+_LABELS = ("malicious", "malicious_insider", "scenario", "incident", "risk")
+_TRAITS = ("O", "C", "E", "A", "N")
+_MOST_ROWS = 2000
+_PERMUTATIONS = 4
+_FEWEST = 5  # insiders (or labelled events) without which a classifier is not judged
 
 
 def audit(
@@ -360,47 +362,61 @@ def audit(
     seed: int = 0,
     store: Path | str | None = None,
     manifest: dict | None = None,
-    detector: Detector = logistic_detector,
+    items: pd.DataFrame | None = None,
+    max_items: int = 24,
+    listing: Sequence[str] = (),
+    detectors: Mapping[str, Detector] | None = None,
 ) -> pd.DataFrame:
-    """Return check, passed, got, limit, detail: one row per leakage audit.
+    """Return check, outcome, got, limit, detail: one row per leakage audit.
 
     `assignment` has user, split, part. With the event `store` the audits also rebuild sampled days
-    from a store cut off after them, compare labels with the answer key, and look at event ids;
-    with the windows' `manifest` they check whom the deviation levels were fitted on. `detector`
-    is what the label permutation trains. A check passes while `got` is at most `limit`; one that
-    has too little data to judge passes with `got` NaN and says so.
+    from a store cut off after them, compare labels with the answer key, and look at event ids and
+    psychometrics; with the windows' `manifest` they check whom the deviation levels were fitted
+    on; with `items`, the evidence of some windows made with `max_items`, they rebuild evidence
+    too. `listing` names the accounts in the order of the release's directory. `detectors` maps
+    names to functions (training windows, held-out windows `(M,)`) -> scores `(M,)`: the label
+    permutation runs each of them. `outcome` is "passed" while `got` is at most `limit`, else
+    "failed", or "not judged" (`got` is NaN) where there is too little data; `detail` says why.
     """
     windows = windows.drop(columns=["split", "part"], errors="ignore")
     joined = windows.merge(assignment[["user", "split", "part"]], on="user", how="left")
+    opened = joined[joined["split"].isin(["train", "dev"])]
     rows = [
         _user_overlap(assignment),
         _unassigned(joined),
         _cut_incidents(joined),
         _ldap_months(windows),
-        _permuted_labels(joined, seed, detector),
-        _account_names(windows, seed),
-        _weekdays(windows),
+        *_permuted_labels(opened, seed, detectors or {}),
+        _account_names(_people(opened), seed),
+        _metadata(_people(opened), seed, store=store, listing=listing),
+        _weekdays(opened),
         _near_duplicates(joined),
     ]
-    settings = (manifest or {}).get("settings", {})
     if manifest is not None:
         rows.append(_fitted_on_training(manifest, assignment))
     if store is not None:
-        rows += [
-            _rebuilt_days(windows, store, settings, seed),
-            _key_days(windows, store),
-            _event_ids(store, seed),
-        ]
-    return pd.DataFrame(rows, columns=["check", "passed", "got", "limit", "detail"])
+        settings = (manifest or {}).get("settings", {})
+        rows.append(_rebuilt_days(windows, store, settings, seed))
+        if manifest is not None and items is not None:
+            rows.append(_rebuilt_items(windows, items, store, manifest, max_items, seed))
+        rows += [_key_days(windows, store),
+                 _event_ids(store, sorted(set(opened["user"])), seed)]
+    return pd.DataFrame(rows, columns=["check", "outcome", "got", "limit", "detail"])
+
+
+def complaints(audited: pd.DataFrame) -> list[str]:
+    """Return one sentence for each audit that failed or was not judged, in their order."""
+    return [f"audit {row.outcome}: {row.check} ({row.detail.removeprefix('not judged: ')})"
+            for row in audited.itertuples() if row.outcome != "passed"]
 
 
 def _row(check: str, got: float, limit: float, detail: str) -> dict:
-    return {"check": check, "passed": bool(got <= limit), "got": float(got),
+    return {"check": check, "outcome": "passed" if got <= limit else "failed", "got": float(got),
             "limit": float(limit), "detail": detail}
 
 
-def _cannot_tell(check: str, limit: float, why: str) -> dict:
-    return {"check": check, "passed": True, "got": float("nan"), "limit": limit,
+def _cannot_tell(check: str, why: str) -> dict:
+    return {"check": check, "outcome": "not judged", "got": float("nan"), "limit": float("nan"),
             "detail": f"not judged: {why}"}
 
 
@@ -425,34 +441,44 @@ def _cut_incidents(joined: pd.DataFrame) -> dict:
 def _ldap_months(windows: pd.DataFrame) -> dict:
     month = pd.to_datetime(windows["day"]).dt.strftime("%Y-%m")
     used = windows["ldap_month"]
-    first = used.groupby(windows["user"]).transform("min")
-    late = used.notna() & (used >= month) & (used > first)
+    late = used.notna() & (used >= month)
     return _row("no LDAP month of the day or later", late.sum(), 0,
-                f"{(used.notna() & (used >= month)).sum()} days know only their first month")
+                f"{used.isna().sum()} of {len(windows)} days have no earlier month, so no role")
 
 
-def _permuted_labels(joined: pd.DataFrame, seed: int, detector: Detector) -> dict:
-    """Labels dealt anew at random must not be predictable on held-out accounts."""
+def _permuted_labels(opened: pd.DataFrame, seed: int,
+                     detectors: Mapping[str, Detector]) -> list[dict]:
+    """Labels dealt anew among training and dev days must not be predictable on dev.
+
+    A day keeps its features and takes all label columns of another day. Detectors that learn no
+    label meet the dealt labels on dev alone, so one that reads a label column is found as well.
+    """
+    title = "permuted labels at chance"
+    if not detectors:
+        return [_cannot_tell(title, "no detector was given")]
     rng = generator(seed, "splits.audit permutation")
-    usable = joined[~joined["precursor"] & ~joined["ignore"] & joined["split"].notna()]
-    held_out = _thinned(usable[usable["split"] != "train"], rng)
-    train = _thinned(usable[usable["split"] == "train"], rng)
-    names = np.unique(np.concatenate([train["window_id"], held_out["window_id"]]).astype(str))
-    truth = dict(zip(usable["window_id"], usable["malicious"], strict=True))
-    true_labels = np.array([bool(truth[name]) for name in names])
-    places = [np.searchsorted(names, part["window_id"].to_numpy(str)) for part in (train, held_out)]
-    x_train, x_held = (_compressed(part) for part in (train, held_out))
-    found, spread = [], []
-    for labels in (true_labels, *(rng.permutation(true_labels) for _ in range(8))):
-        y_train, y_held = (labels[place] for place in places)
-        if y_train.all() or not y_train.any() or y_held.all() or not y_held.any():
-            return _cannot_tell("permuted labels at chance", 0.5,
-                                "no malicious day on one side")
-        found.append(roc_auc_score(y_held, detector(x_train, y_train, x_held)))
-        spread.append(_chance_spread(y_held.sum(), (~y_held).sum()))
-    limit = 0.5 + 4 * float(np.mean(spread[1:])) / np.sqrt(len(found) - 1)
-    return _row("permuted labels at chance", float(np.mean(found[1:])), limit,
-                f"mean ROC-AUC of {len(found) - 1} permutations; true labels give {found[0]:.3f}")
+    usable = opened[~opened["precursor"] & ~opened["ignore"]]
+    sides = [_thinned(usable[usable["split"] == name], rng) for name in ("train", "dev")]
+    pool = pd.concat(sides).drop_duplicates("window_id").set_index("window_id", drop=False)
+    labels = pool[[name for name in _LABELS if name in pool]]
+    found = {name: [] for name in detectors}
+    spread = []
+    for i in range(1 + _PERMUTATIONS):
+        order = rng.permutation(len(pool)) if i else np.arange(len(pool))
+        dealt = pool.assign(**{name: labels[name].to_numpy()[order] for name in labels})
+        train, held_out = (dealt.loc[side["window_id"]] for side in sides)
+        y = held_out["malicious"].to_numpy(bool)
+        if y.all() or not y.any() or train["malicious"].nunique() < 2:
+            return [_cannot_tell(f"{title}: {name}", "no malicious day in training or dev")
+                    for name in detectors]
+        spread.append(_chance_spread(y.sum(), (~y).sum()))
+        for name, detector in detectors.items():
+            found[name].append(roc_auc_score(y, detector(train, held_out)))
+    limit = 4 * float(np.mean(spread[1:])) / np.sqrt(_PERMUTATIONS)
+    return [_row(f"{title}: {name}", abs(np.mean(aucs[1:]) - 0.5), limit,
+                 f"distance from .5 of the ROC-AUC on dev, mean of {_PERMUTATIONS} permutations "
+                 f"({np.mean(aucs[1:]):.3f}); limit four standard errors; true labels give "
+                 f"{aucs[0]:.3f}") for name, aucs in found.items()]
 
 
 def _thinned(part: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
@@ -465,18 +491,33 @@ def _thinned(part: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
     return part.iloc[np.sort(np.concatenate([positive, drawn]))]
 
 
-def _compressed(windows: pd.DataFrame) -> np.ndarray:
-    values = windows[list(_NUMBERS)].to_numpy(float)
-    return np.log1p(np.nan_to_num(values, nan=0.0).clip(min=0))
-
-
 def _chance_spread(positive: int, negative: int) -> float:
     """Return the standard deviation of ROC-AUC for scores that know nothing (Mann-Whitney)."""
     return float(np.sqrt((1 / positive + 1 / negative + 1 / (positive * negative)) / 12))
 
 
-def _cross_scores(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> float:
-    """Return the ROC-AUC of five-fold random-forest scores, folds stratified."""
+def _guess(check: str, x: np.ndarray, y: np.ndarray, rng: np.random.Generator, what: str, *,
+           strata: np.ndarray | None = None) -> dict:
+    """Judge whether a random forest tells `y` `(N,)` from `x` `(N, F)`, in pairs of a stratum."""
+    strata = np.zeros(len(y), int) if strata is None else strata
+    sizes = {value: (int(y[strata == value].sum()), int((~y[strata == value]).sum()))
+             for value in np.unique(strata)}
+    compared = {value: size for value, size in sizes.items() if min(size) > 0}
+    if min(sum(size[side] for size in compared.values()) for side in (0, 1)) < _FEWEST:
+        return _cannot_tell(check, f"fewer than {_FEWEST} of the {what} are labelled "
+                                   f"({y.sum()} of {len(y)})")
+    scores = _cross_scores(x, y, rng)
+    pairs = {value: a * b for value, (a, b) in compared.items()}
+    total = sum(pairs.values())
+    area = sum(n * roc_auc_score(y[strata == value], scores[strata == value])
+               for value, n in pairs.items()) / total
+    variance = sum((n * _chance_spread(*compared[value])) ** 2 for value, n in pairs.items())
+    return _row(check, area, 0.5 + 3.5 * np.sqrt(variance) / total,
+                f"ROC-AUC of a random forest, {y.sum()} of {len(y)} {what}")
+
+
+def _cross_scores(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return five-fold random-forest scores `(N,)`, folds stratified."""
     folds = np.empty(len(y), int)
     for value in (False, True):
         rows = rng.permutation(np.flatnonzero(y == value))
@@ -487,15 +528,7 @@ def _cross_scores(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> flo
             60, min_samples_leaf=5, random_state=int(rng.integers(2**31)))
         forest.fit(x[folds != fold], y[folds != fold])
         scores[folds == fold] = forest.predict_proba(x[folds == fold])[:, -1]
-    return float(roc_auc_score(y, scores))
-
-
-def _guess(check: str, x: np.ndarray, y: np.ndarray, rng, what: str) -> dict:
-    if min(y.sum(), (~y).sum()) < 5:
-        return _cannot_tell(check, 0.5, f"too few {what} of one kind")
-    limit = 0.5 + 3.5 * _chance_spread(y.sum(), (~y).sum())
-    return _row(check, _cross_scores(x, y, rng), limit,
-                f"ROC-AUC of a random forest, {y.sum()} of {len(y)} {what}")
+    return scores
 
 
 def _characters(names: Sequence[str]) -> np.ndarray:
@@ -503,21 +536,50 @@ def _characters(names: Sequence[str]) -> np.ndarray:
     return np.array([[ord(c) for c in name.ljust(width)] for name in names], float)
 
 
-def _account_names(windows: pd.DataFrame, seed: int) -> dict:
-    """The name of an account must not tell whether it ever has a malicious day."""
-    labels = windows.groupby("user")["malicious"].any().sort_index()
-    return _guess("account name says nothing", _characters(labels.index.tolist()),
-                  labels.to_numpy(bool), generator(seed, "splits.audit names"), "accounts")
+def _people(opened: pd.DataFrame) -> pd.DataFrame:
+    """Return role, department, insider by account, without those that an insider abused."""
+    people = opened.sort_values("day").groupby("user").agg(
+        role=("role", "last"), department=("department", "last"),
+        insider=("malicious_insider", "any"), tied=("incident", "count"))
+    return people[people["insider"] | (people["tied"] == 0)]
 
 
-def _weekdays(windows: pd.DataFrame) -> dict:
+def _account_names(people: pd.DataFrame, seed: int) -> dict:
+    """The name of an account must not tell an insider."""
+    return _guess("account name says nothing", _characters(people.index.tolist()),
+                  people["insider"].to_numpy(bool), generator(seed, "splits.audit names"),
+                  "accounts")
+
+
+def _metadata(people: pd.DataFrame, seed: int, *, store: Path | str | None,
+              listing: Sequence[str]) -> dict:
+    """Who an account is, and its place in lists, must not tell an insider.
+
+    One classifier on role, department, the traits of the psychometric table, the place in the
+    listing and the characters of the name. Accounts are compared with others of their kind,
+    administrators or not: scenario 3 is an administrator's by its definition.
+    """
+    columns = [pd.factorize(people[name], sort=True)[0] for name in ("role", "department")]
+    columns += list(_characters(people.index.tolist()).T)
+    if store is not None:
+        with Store(store).connect() as connection:
+            traits = connection.execute("FROM psychometric").df().set_index("user")
+        columns += list(traits.reindex(people.index)[list(_TRAITS)].fillna(0).to_numpy(float).T)
+    if len(listing):
+        places = pd.Series(np.arange(len(listing), dtype=float), index=list(listing))
+        columns.append(places.groupby(level=0).first().reindex(people.index).fillna(-1).to_numpy())
+    return _guess("metadata says nothing", np.column_stack(columns).astype(float),
+                  people["insider"].to_numpy(bool), generator(seed, "splits.audit metadata"),
+                  "accounts", strata=(people["role"] == "ITAdmin").to_numpy(int))
+
+
+def _weekdays(opened: pd.DataFrame) -> dict:
     """The weekday alone (prompts show it) must say little."""
-    usable = windows[~windows["precursor"] & ~windows["ignore"]]
+    check, usable = "weekday says little", opened[~opened["precursor"] & ~opened["ignore"]]
+    if usable.loc[usable["malicious"], "incident"].nunique() < _FEWEST:
+        return _cannot_tell(check, f"fewer than {_FEWEST} incidents")
     rate = usable.groupby("weekday")["malicious"].mean()
-    if not 0 < usable["malicious"].mean() < 1:
-        return _cannot_tell("weekday says little", 0.6, "one class only")
-    return _row("weekday says little",
-                roc_auc_score(usable["malicious"], usable["weekday"].map(rate)), 0.6,
+    return _row(check, roc_auc_score(usable["malicious"], usable["weekday"].map(rate)), 0.6,
                 "ROC-AUC of the weekday's own rate (in sample)")
 
 
@@ -532,12 +594,14 @@ def _near_duplicates(joined: pd.DataFrame) -> dict:
     keys = pd.util.hash_pandas_object(rounded.astype("int32"), index=False)
     train = (joined["split"] == "train").to_numpy()
     held_out = joined["split"].isin(["dev", "test"]).to_numpy()
+    check = "near-duplicates across splits"
     if not held_out.any():
-        return _cannot_tell("near-duplicates across splits", 0.02, "no held-out windows")
+        return _cannot_tell(check, "no held-out windows")
     twin = held_out & keys.isin(set(keys[train])).to_numpy()
-    malicious = int((twin & joined["malicious"].to_numpy(bool)).sum())
-    return _row("near-duplicates across splits", twin.sum() / held_out.sum(), 0.02,
-                f"{twin.sum()} of {held_out.sum()} held-out days, {malicious} of them malicious")
+    dev = twin & (joined["split"] == "dev").to_numpy()
+    return _row(check, twin.sum() / held_out.sum(), 0.02,
+                f"{twin.sum()} of {held_out.sum()} held-out days; of {dev.sum()} on dev "
+                f"{int((dev & joined['malicious'].to_numpy(bool)).sum())} malicious")
 
 
 def _fitted_on_training(manifest: dict, assignment: pd.DataFrame) -> dict:
@@ -551,6 +615,20 @@ def _fitted_on_training(manifest: dict, assignment: pd.DataFrame) -> dict:
                 f"fitted on {len(users)} accounts")
 
 
+def _next_day(day: pd.Timestamp) -> str:
+    return (day + pd.Timedelta(days=1)).strftime("%Y-%m-%d")
+
+
+def _rebuilt(store, settings: dict, day: pd.Timestamp, ids: Sequence[str],
+             users: Sequence[str]) -> pd.DataFrame:
+    """Return the windows `ids` of one day from a store without anything later, in that order."""
+    again = behaviour(
+        store, users=list(users), before=_next_day(day),
+        **{key: settings[key] for key in ("history_days", "min_history") if key in settings})
+    again = again[pd.to_datetime(again["day"]) == day].set_index("window_id", drop=False)
+    return again.reindex(list(ids))
+
+
 def _rebuilt_days(windows: pd.DataFrame, store: Path | str, settings: dict, seed: int) -> dict:
     """Days built again from a store without anything later must come out the same."""
     rng = generator(seed, "splits.audit rebuilt")
@@ -561,24 +639,54 @@ def _rebuilt_days(windows: pd.DataFrame, store: Path | str, settings: dict, seed
         day = pd.Timestamp(calendar[int(share * (len(calendar) - 1))])
         there = windows[days == day].sort_values("user")
         there = there.iloc[np.sort(rng.permutation(len(there))[:25])]
-        again = behaviour(
-            store, users=there["user"].tolist(),
-            before=(day + pd.Timedelta(days=1)).strftime("%Y-%m-%d"),
-            **{key: settings[key] for key in ("history_days", "min_history") if key in settings})
-        again = again[pd.to_datetime(again["day"]) == day].set_index("window_id")
-        again = again.reindex(there["window_id"])
+        again = _rebuilt(store, settings, day, there["window_id"], there["user"])
         differ = pd.DataFrame(index=there.index)
-        for name in (*_CHECKED, "enough_history"):
+        for name in _CHECKED:
             a, b = there[name].to_numpy(float), again[name].to_numpy(float)
             differ[name] = ~np.isclose(a, b, rtol=1e-9, atol=1e-9, equal_nan=True)
-        for name in ("role", "department"):
-            differ[name] = there[name].to_numpy(object) != again[name].to_numpy(object)
+        for name in _CHECKED_WORDS:
+            differ[name] = there[name].fillna("").to_numpy() != again[name].fillna("").to_numpy()
         wrong += int(differ.any(axis=1).sum())
         compared += len(differ)
         columns |= set(differ.columns[differ.any()])
     return _row("nothing later in a baseline", wrong, 0,
                 f"{compared} days rebuilt" + (f"; differ in {', '.join(sorted(columns))}"
                                               if columns else ""))
+
+
+def _rebuilt_items(windows: pd.DataFrame, items: pd.DataFrame, store: Path | str, manifest: dict,
+                   max_items: int, seed: int) -> dict:
+    """Evidence made again from a store without anything later must read the same.
+
+    The three days with the most windows in `items`, at most 25 windows each.
+    """
+    rng = generator(seed, "splits.audit items")
+    shown = windows[windows["window_id"].isin(items["window_id"])].sort_values("window_id")
+    days = pd.to_datetime(shown["day"])
+    wrong, compared, columns = 0, 0, set()
+    for day in days.value_counts(sort=False).sort_index().nlargest(3).index:
+        there = shown[days == day]
+        there = there.iloc[np.sort(rng.permutation(len(there))[:25])]
+        again = _rebuilt(store, manifest["settings"], day, there["window_id"], there["user"])
+        again = label(again.dropna(subset="window_id").infer_objects(), manifest["fit"])
+        made = evidence(store, again, max_items=max_items, before=_next_day(day))
+        for name in there["window_id"]:
+            said, true = (table.loc[table["window_id"] == name, list(_CHECKED_ITEMS)]
+                          for table in (items, made))
+            differ = {column for column in _CHECKED_ITEMS
+                      if _plain(said[column]) != _plain(true[column])}
+            wrong += bool(differ)
+            columns |= differ
+        compared += len(there)
+    return _row("nothing later in evidence", wrong, 0,
+                f"evidence of {compared} days made again" + (
+                    f"; differs in {', '.join(sorted(columns))}" if columns else ""))
+
+
+def _plain(values: pd.Series) -> list:
+    """Return a column's values as a list, arrays of names as tuples."""
+    return [value if isinstance(value, str) or np.isscalar(value) else tuple(value)
+            for value in values]
 
 
 def _key_days(windows: pd.DataFrame, store: Path | str) -> dict:
@@ -589,24 +697,25 @@ def _key_days(windows: pd.DataFrame, store: Path | str) -> dict:
     malicious = set(windows.loc[windows["malicious"], "window_id"])
     there = key & set(windows["window_id"])
     return _row("labels equal the answer key", len(malicious ^ there) + len(key - there), 0,
-                f"{len(key)} account-days in the key, {len(malicious)} malicious windows")
+                f"{len(windows)} windows compared, {len(key - there)} days of the key have none")
 
 
-def _event_ids(store: Path | str, seed: int) -> dict:
+def _event_ids(store: Path | str, users: Sequence[str], seed: int) -> dict:
     """The id string of an event must not tell whether the key lists it (same accounts, logs)."""
     rng = generator(seed, "splits.audit ids")
+    known = pd.DataFrame({"user": list(users)}, dtype=object)
     with Store(store).connect() as connection:
+        connection.register("known", known)
+        key = "(SELECT log, id, user FROM answers WHERE user IN (SELECT user FROM known))"
         labelled = [row[0] for row in connection.execute(
-            "SELECT DISTINCT id FROM answers ORDER BY 1").fetchall()]
+            f"SELECT DISTINCT id FROM {key} ORDER BY 1").fetchall()]
         events = " UNION ALL ".join(f"SELECT id, user, '{log}' AS log FROM {log}"
                                     for log in ("logon", "device", "email"))
         other = [row[0] for row in connection.execute(
-            f"SELECT DISTINCT id FROM ({events}) WHERE user IN (SELECT user FROM answers) "
-            "AND (log, id) NOT IN (SELECT (log, id) FROM answers) ORDER BY hash(id), id "
+            f"SELECT DISTINCT id FROM ({events}) WHERE user IN (SELECT user FROM {key}) "
+            f"AND (log, id) NOT IN (SELECT (log, id) FROM {key}) ORDER BY hash(id), id "
             "LIMIT 1000").fetchall()]
-    if not labelled or not other:
-        return _cannot_tell("event id says nothing", 0.5, "no labelled events")
     picked = rng.permutation(len(labelled))[:1000]
     names = [labelled[i] for i in picked] + other
     y = np.arange(len(names)) < len(picked)
-    return _guess("event id says nothing", _characters(names), y, rng, "events")
+    return _guess("event id says nothing", _characters(names or [""]), y, rng, "events")

@@ -21,6 +21,8 @@ from ueba_helpers.rl.settings import (
     SFTSettings,
 )
 
+ALERT_BUDGETS = (1.0, 2.0, 5.0)  # alerts per 1,000 account-days; the middle one stands for all
+
 
 @dataclass(frozen=True, kw_only=True)
 class SimulateSettings:
@@ -80,7 +82,7 @@ class EvaluationSettings:
     dev_benign: int = 300
     base_rate: float = 0.0029
     bootstrap: int = 1000
-    alert_budgets: tuple[float, ...] = (1.0, 5.0, 20.0)
+    alert_budgets: tuple[float, ...] = ALERT_BUDGETS
     batch_size: int = 64
 
     def __post_init__(self):

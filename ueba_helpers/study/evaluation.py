@@ -37,11 +37,11 @@ from scipy import stats
 
 from ueba_helpers.data.seeding import generator
 from ueba_helpers.errors import UserError
+from ueba_helpers.study.config import ALERT_BUDGETS
 from ueba_helpers.task.verdicts import RISKS
 
 MALICIOUS = RISKS[-1]
 SAID = (*RISKS, "invalid")
-BUDGETS = (1.0, 2.0, 5.0, 10.0)  # alerts per 1,000 account-days
 SCENARIOS = (1, 2, 3)
 KEYS = ("detector", "seed", "split")
 COMPARED = ("macro_f1", "pr_auc", "valid_rate", "evidence_hit_rate")
@@ -56,7 +56,7 @@ _CELLS = 4_000_000  # resamples times rows held at once: 32 MB an array
 # --------------------------------------------------------------------------- the metrics table
 
 def evaluate(predictions: pd.DataFrame, truth: pd.DataFrame, sample: pd.DataFrame, *,
-             budgets: Sequence[float] = BUDGETS, resamples: int = 1000, seed: int = 0,
+             budgets: Sequence[float] = ALERT_BUDGETS, resamples: int = 1000, seed: int = 0,
              level: float = 0.95) -> pd.DataFrame:
     """Return one row per detector, seed, split and metric: value, low, high, n.
 

@@ -165,6 +165,16 @@ def scores(model: Baseline, windows: pd.DataFrame) -> tuple[np.ndarray, np.ndarr
     return score, score
 
 
+def fit_and_score(train: pd.DataFrame, held_out: pd.DataFrame, *, detector: str,
+                  seed: int) -> np.ndarray:
+    """Return the scores of `held_out`, `(N,)`, from `detector` fitted on `train`.
+
+    This is how the label permutation of the leakage audits meets a detector: `held_out` carries
+    dealt labels, so a detector that reads them shows.
+    """
+    return scores(fit(train, detector=detector, seed=seed), held_out)[0]
+
+
 def fit_thresholds(model: Baseline, dev: pd.DataFrame, *,
                    weights: str | np.ndarray = "balanced") -> Baseline:
     """Return the model with the two thresholds that give the highest macro-F1 on `dev`.
