@@ -2,13 +2,16 @@
 
     python benchmarks/publish_study.py runs/laptop-seed0-1a2b3c4d
 
-Copies comparison.csv and every complete run (weights left out) to results/<study>/, draws the
-figure of the table, and replaces the README's answer between its two markers. The numbers come
-from the files; nothing is typed.
+Copies what notebook 07 handed on (comparison.csv, comparison.json, verdict.json) and the runs that
+its table rests on (weights left out) to results/<study>/, draws the figure of the table, and
+replaces the README's answer between its two markers. The numbers and the sentence come from the
+files; nothing is typed. Refused, before anything is written: a study without a verdict, a verdict
+on another table, a run that is not complete, a README without the markers.
 """
 
 import argparse
 import json
+import os
 import re
 import shutil
 import sys
@@ -19,51 +22,79 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
+from ueba_helpers.data.files import atomic_path
 from ueba_helpers.errors import UserError
-from ueba_helpers.study import figures, report
+from ueba_helpers.study import comparison, figures, report
 from ueba_helpers.study.runs import RunFolder, publish
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", type=Path)
     parser.add_argument("--results", type=Path, default=Path("results"))
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
-    args = parser.parse_args()
-    table = report.read_comparison(args.study)
-    if table is None:
-        raise UserError(f"{args.study} has no comparison.csv: run notebook 07 first.")
-    target = args.results / args.study.name
-    target.mkdir(parents=True, exist_ok=True)
-    commits = set()
-    for path in sorted(args.study.glob("*-seed*/predictions.parquet")):
-        run = RunFolder(path.parent)
-        publish(run, target)
-        commits.add(json.loads((run.path / "provenance.json").read_text())["commit"][:10])
-    for name in ("comparison.csv", "verdict.json"):
-        if (args.study / name).exists():
-            shutil.copyfile(args.study / name, target / name)
-    axes = figures.interval_plot(table, "macro_f1", label="macro-F1 on the test sample")
-    axes.figure.savefig(target / "macro_f1.png", dpi=130, bbox_inches="tight")
-    plt.close(axes.figure)
-    args.readme.write_text(_with_answer(args.readme.read_text(), table, target, commits))
+    args = parser.parse_args(arguments)
+    try:
+        _publish(args.study.resolve(), args.results, args.readme)
+    except UserError as error:
+        sys.stderr.write(f"publish_study: {error}\n")
+        return 2
     return 0
 
 
-def _with_answer(readme: str, table, target: Path, commits: set[str]) -> str:
-    head = " | ".join(report.COMPARISON_COLUMNS.values())
-    lines = [f"| {head} |", "|" + "---|" * len(report.COMPARISON_COLUMNS)]
+def _publish(study: Path, results: Path, readme: Path) -> None:
+    verdict, made_by = comparison.read_verdict(study), comparison.read_made_by(study)
+    table = comparison.read_comparison(study)
+    runs = [RunFolder(study / name) for name in made_by["runs"]]
+    unfinished = [run.name for run in runs if not run.complete]
+    if unfinished:
+        raise UserError(f"{', '.join(unfinished)} is not complete: run the study again.")
+    text = readme.read_text(encoding="utf-8")
+    if text.find(BEGIN) < 0 or text.find(END) < text.find(BEGIN):
+        raise UserError(f"{readme} lacks the lines {BEGIN} and {END}, between which the answer "
+                        "stands: put them back.")
+    target = results / study.name
+    target.mkdir(parents=True, exist_ok=True)
+    for run in runs:
+        publish(run, target)
+    for name in ("comparison.csv", "comparison.json", "verdict.json"):
+        shutil.copyfile(study / name, target / name)
+    axes = figures.interval_plot(table, "macro_f1",
+                                 label="Macro-F1 on the balanced test sample, 95 % interval")
+    axes.figure.savefig(target / "macro_f1.png", dpi=130, bbox_inches="tight")
+    plt.close(axes.figure)
+    folder = os.path.relpath(target, readme.parent)
+    block = answer(table, verdict, made_by, _commits(runs), folder=Path(folder).as_posix())
+    with atomic_path(readme) as temporary:
+        temporary.write_text(re.sub(f"{BEGIN}.*{END}", lambda _: block, text, flags=re.DOTALL),
+                             encoding="utf-8")
+
+
+def _commits(runs: list[RunFolder]) -> list[str]:
+    """Return the commits that the runs were made by, each said to be changed where it was."""
+    found = [json.loads((run.path / "provenance.json").read_text(encoding="utf-8"))
+             for run in runs]
+    return sorted({f"`{(one['commit'] or 'unknown')[:10]}`"
+                   + (" with uncommitted changes" if one["dirty"] else "") for one in found})
+
+
+def answer(table, verdict: dict, made_by: dict, commits: list[str], *, folder: str) -> str:
+    """Return the README's answer between its markers: sentence, table, figure, origin."""
+    head = " | ".join(comparison.COMPARISON_COLUMNS.values())
+    lines = [f"| {head} |", "|" + "---|" * len(comparison.COMPARISON_COLUMNS)]
     lines += ["| " + " | ".join(row) + " |" for row in report.headline_rows(table)]
-    verdict = target / "verdict.json"
-    said = json.loads(verdict.read_text())["sentence"] if verdict.exists() else ""
-    origin = (f"Study `{target.name}`, simulated data, one seed, test users, 95 % intervals over "
-              f"users; code of commit {', '.join(sorted(commits))}; files in "
-              f"[{target.as_posix()}]({target.as_posix()}).")
-    figure = f"![macro-F1]({target.as_posix()}/macro_f1.png)"
-    block = "\n".join([BEGIN, said, "", *lines, "", figure, "", origin, END])
-    return re.sub(f"{BEGIN}.*{END}", lambda _: block, readme, flags=re.DOTALL)
+    seeds = ", ".join(verdict["seeds"])
+    origin = (
+        f"Profile `{made_by['profile']}`, {'simulated' if verdict['simulated'] else 'real'} data. "
+        f"The table is of seed {made_by['seed']}, the sentence above it of seed"
+        f"{'s' if len(verdict['seeds']) > 1 else ''} {seeds}. Test users; in brackets the 95 % "
+        "interval over users. Seconds: fitting or training until the dev sample is judged; "
+        "sft_all, ppo and grpo begin where sft ends, so theirs come on top. Classical detectors "
+        f"cite no evidence. Code of commit {', '.join(commits)}; files in [{folder}]({folder}).")
+    figure = f"![Macro-F1 of every detector]({folder}/macro_f1.png)"
+    return "\n".join([BEGIN, verdict["sentence"], "", *lines, "", figure, "", origin, END])
 
 
 if __name__ == "__main__":

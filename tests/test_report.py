@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from ueba_helpers.errors import UserError
+from ueba_helpers.study.comparison import write_comparison, write_verdict
 from ueba_helpers.study.report import (
     COMPARISON_COLUMNS,
     build_report,
@@ -127,6 +128,14 @@ def test_the_headline_table_is_in_page_and_folder(tmp_path):
     assert "<td>&lt;grpo&gt;</td>" in page
     for heading in COMPARISON_COLUMNS.values():
         assert f">{heading}</th>" in page
+
+
+def test_the_answer_stands_beside_its_own_table_only(tmp_path):
+    write_comparison(tmp_path, comparison(), made_by={}, runs=[])
+    write_verdict(tmp_path, {"sentence": "**Both** are <alike>."})
+    assert "<strong>Both</strong> are &lt;alike&gt;." in build_report(tmp_path, []).read_text()
+    comparison(macro_f1=0.9).to_csv(tmp_path / "comparison.csv", index=False)
+    assert "<strong>Both" not in build_report(tmp_path, []).read_text()
 
 
 def test_a_comparison_without_a_column_is_refused_by_name(tmp_path):

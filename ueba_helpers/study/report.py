@@ -1,6 +1,6 @@
 """One self-contained page for a study: the headline table, every figure, every reading.
 
-In: a study folder with executed notebooks and `comparison.csv` (written by notebook 07). Out:
+In: a study folder with executed notebooks and what notebook 07 hands on (`comparison`). Out:
 `report.html` with embedded images, the same figures as files under `figures/`, and the table as
 text for the terminal. Takes the outputs of code cells tagged `report`, and the text of markdown
 cells tagged so. Whatever an output holds is escaped or reduced to plain tables: the page runs no
@@ -21,18 +21,11 @@ from markupsafe import Markup
 
 from ueba_helpers.data.files import atomic_path
 from ueba_helpers.errors import UserError
-
-# The columns of comparison.csv that the headline table shows, with their headings. A column
-# <name>_low and <name>_high beside a metric is shown as its 95 % interval.
-COMPARISON_COLUMNS = {
-    "detector": "detector",
-    "macro_f1": "macro-F1",
-    "pr_auc": "PR-AUC",
-    "valid_rate": "valid format",
-    "evidence_hit_rate": "evidence hit rate",
-    "seconds": "seconds",
-    "peak_memory_gib": "peak GiB",
-}
+from ueba_helpers.study.comparison import (
+    COMPARISON_COLUMNS,
+    read_comparison,
+    read_verdict,
+)
 
 REPORT_TAG = "report"
 
@@ -78,8 +71,11 @@ pre { background: #f5f5f5; padding: .6rem; overflow-x: auto; }
 <tr>{% for value in row %}<td>{{ value }}</td>{% endfor %}</tr>
 {% endfor %}
 </tbody></table></figure>
-<p class="small">macro-F1 on the balanced sample, PR-AUC at the natural base rate; in brackets the
-95 % interval.</p>
+<p class="small">macro-F1 on the balanced sample; in brackets the 95 % interval over users. Seconds:
+fitting or training until the dev sample is judged; sft_all, ppo and grpo come on top of sft.</p>
+{% if answer %}
+<div>{{ answer }}</div>
+{% endif %}
 {% endif %}
 {% for notebook in notebooks %}
 <section id="{{ notebook.name }}">
@@ -100,22 +96,6 @@ pre { background: #f5f5f5; padding: .6rem; overflow-x: auto; }
 </body>
 </html>
 """)
-
-
-def read_comparison(study: Path | str) -> pd.DataFrame | None:
-    """Return comparison.csv, or None if notebook 07 has not written it yet.
-
-    Raises `UserError` if a column of the headline table is missing.
-    """
-    path = Path(study) / "comparison.csv"
-    if not path.exists():
-        return None
-    table = pd.read_csv(path)
-    missing = [name for name in COMPARISON_COLUMNS if name not in table]
-    if missing:
-        raise UserError(f"{path} lacks the columns {', '.join(missing)}. Run 07_comparison again "
-                        "with --only 07_comparison --force.")
-    return table
 
 
 def headline_rows(table: pd.DataFrame) -> list[list[str]]:
@@ -150,9 +130,10 @@ def headline_text(table: pd.DataFrame) -> str:
     """Return the headline table as aligned text for a terminal.
 
     >>> row = dict.fromkeys(COMPARISON_COLUMNS, 0.5) | {"detector": "ppo", "seconds": 61.0}
-    >>> print(headline_text(pd.DataFrame([row])))
-    detector  macro-F1  PR-AUC  valid format  evidence hit rate  seconds  peak GiB
-    ppo          0.500   0.500         0.500              0.500       61      0.50
+    >>> for line in headline_text(pd.DataFrame([row])).splitlines():
+    ...     print(line[:70])
+    detector  macro-F1  PR-AUC at the natural base rate  valid format rate
+    ppo          0.500                            0.500              0.500
     """
     lines = [list(COMPARISON_COLUMNS.values()), *headline_rows(table)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
@@ -175,12 +156,19 @@ def build_report(study: Path | str, notebooks: Sequence[str], *, subtitle: str =
     _write_figures(study / "figures", sections)
     page = _PAGE.render(
         title="PPO against GRPO on insider-threat windows", subtitle=subtitle,
-        warnings=warnings, notebooks=sections,
+        warnings=warnings, notebooks=sections, answer=_answer(study),
         headings=list(COMPARISON_COLUMNS.values()) if table is not None else [],
         rows=headline_rows(table) if table is not None else [])
     with atomic_path(study / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
     return study / "report.html"
+
+
+def _answer(study: Path) -> Markup:
+    try:
+        return _markdown(read_verdict(study)["sentence"])["markup"]
+    except UserError:  # notebook 07 has not come so far, which the page says elsewhere
+        return Markup("")
 
 
 def _section(study: Path, name: str) -> dict:

@@ -1,0 +1,219 @@
+"""What notebook 07 hands on: studies are pooled only if equal, the verdict says what was found."""
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ueba_helpers.errors import UserError
+from ueba_helpers.study import comparison
+from ueba_helpers.study.config import profile
+from ueba_helpers.study.evaluation import Difference
+from ueba_helpers.study.runs import PACKAGE
+
+MADE_BY = {"profile": "smoke", "seed": 0, "data": "simulated", "settings": "s", "code": "c",
+           "versions": "v"}
+
+
+def table(ppo=0.6, grpo=0.5):
+    row = dict.fromkeys(comparison.COMPARISON_COLUMNS, 0.25) | {"seconds": 60.0}
+    return pd.DataFrame([row | {"detector": "ppo", "macro_f1": ppo, "macro_f1_low": ppo - 0.1,
+                                "macro_f1_high": ppo + 0.1, "left_over": 1.0},
+                         row | {"detector": "grpo", "macro_f1": grpo}])
+
+
+def write_study(runs, name="smoke-seed0-aaaaaaaa", **changes):
+    folder = runs / name
+    folder.mkdir(parents=True)
+    comparison.write_comparison(folder, table(), made_by={**MADE_BY, **changes}, runs=["ppo-1"])
+    return folder
+
+
+def difference(value=0.1, low=0.05, high=0.15, verdict="better"):
+    return Difference("macro_f1", value, low, high, verdict, 0.02, 0.95, "users", 1, float("nan"))
+
+
+def pair(*values):
+    return pd.DataFrame(values, columns=["ppo", "grpo"], index=range(len(values)))
+
+
+# ------------------------------------------------------------ which studies are pooled
+
+def test_a_study_that_differs_in_the_seed_alone_is_pooled(tmp_path):
+    own = write_study(tmp_path)
+    write_study(tmp_path, "smoke-seed2-cccccccc", seed=2)
+    write_study(tmp_path, "smoke-seed1-bbbbbbbb", seed=1)
+    write_study(tmp_path, "laptop-seed3-dddddddd", profile="laptop", seed=3)
+    kept, left_out = comparison.siblings(own, MADE_BY)
+    assert list(kept) == [1, 2] and left_out == {}
+    assert kept[1].loc["ppo", "macro_f1"] == 0.6
+    assert "left_over" not in kept[1], "only the headline's columns are handed on"
+
+
+@pytest.mark.parametrize("field", ["profile", "data", "settings", "code", "versions"])
+def test_a_study_made_otherwise_is_left_out_and_said_so(tmp_path, field):
+    own = write_study(tmp_path)
+    write_study(tmp_path, "smoke-seed1-bbbbbbbb", seed=1, **{field: "other"})
+    kept, left_out = comparison.siblings(own, MADE_BY)
+    assert kept == {}
+    assert left_out == {"smoke-seed1-bbbbbbbb": f"made with other {field}"}
+
+
+def test_unfinished_changed_and_doubled_studies_are_left_out_with_the_reason(tmp_path):
+    own = write_study(tmp_path)
+    (tmp_path / "smoke-seed1-unfinished").mkdir()
+    old = write_study(tmp_path, "smoke-seed2-unsigned", seed=2)
+    (old / "comparison.json").unlink()
+    changed = write_study(tmp_path, "smoke-seed3-changed", seed=3)
+    table(0.9, 0.1).to_csv(changed / "comparison.csv", index=False)
+    damaged = write_study(tmp_path, "smoke-seed4-damaged", seed=4)
+    (damaged / "comparison.json").write_text("{")
+    write_study(tmp_path, "smoke-seed0-copy")
+    kept, left_out = comparison.siblings(own, MADE_BY)
+    assert kept == {}
+    for name, reason in {"smoke-seed1-unfinished": "comparison.csv is missing",
+                         "smoke-seed2-unsigned": "comparison.json is missing",
+                         "smoke-seed3-changed": "belongs to another table",
+                         "smoke-seed4-damaged": "cannot be read",
+                         "smoke-seed0-copy": "seed 0 is there already"}.items():
+        assert reason in left_out.pop(name)
+    assert left_out == {}
+
+
+def test_reasons_name_no_path_of_this_machine(tmp_path):
+    own = write_study(tmp_path)
+    (tmp_path / "smoke-seed1-unfinished").mkdir()
+    assert str(tmp_path) not in json.dumps(comparison.siblings(own, MADE_BY)[1])
+
+
+def test_settings_code_and_data_all_count(monkeypatch, tmp_path):
+    chosen = profile("smoke")
+    base = comparison.made_by(chosen, seed=0)
+    assert comparison.made_by(chosen, seed=1) == {**base, "seed": 1}
+    other = dataclasses.replace(chosen, max_items=chosen.max_items + 1)
+    assert comparison.made_by(other, seed=0)["settings"] != base["settings"]
+    (tmp_path / "logon.csv").write_text("id\n")
+    assert comparison.made_by(chosen, seed=0, data=tmp_path)["data"] != base["data"]
+    for part in comparison._CODE:
+        assert (PACKAGE / part).exists(), part
+    monkeypatch.setattr(comparison, "_CODE", comparison._CODE[:-1])
+    assert comparison.made_by(chosen, seed=0)["code"] != base["code"]
+
+
+# ------------------------------------------------------------ the verdict
+
+def test_one_seed_speaks_for_users_only():
+    found = comparison.verdict(pair((0.6, 0.5)), difference(), valid=0.99, simulated=True)
+    assert (found["verdict"], found["better"], found["simulated"]) == ("better", "ppo", True)
+    for words in ("**PPO is better than GRPO**", "simulated data", "PPO 0.600, GRPO 0.500",
+                  "[+0.050, +0.150]", "one seed 0", "not covered", "±0.02"):
+        assert words in found["sentence"]
+    assert found["p_seeds"] is None
+    worse = comparison.verdict(pair((0.5, 0.6)), difference(-0.1, -0.15, -0.05, "worse"),
+                               valid=0.99, simulated=False)
+    assert worse["better"] == "grpo" and "real data" in worse["sentence"]
+
+
+def test_several_seeds_speak_for_seeds_whatever_one_seed_said():
+    values = pair((0.60, 0.50), (0.50, 0.55), (0.52, 0.50))
+    found = comparison.verdict(values, difference(), valid=0.99, simulated=True)
+    gaps = np.array([0.10, -0.05, 0.02])
+    half = 4.302652729911275 * gaps.std(ddof=1) / 3**0.5  # Student's t, two degrees of freedom
+    assert found["verdict"] == "inconclusive" and found["better"] is None
+    assert (found["low"], found["high"]) == pytest.approx((gaps.mean() - half,
+                                                           gaps.mean() + half))
+    assert "seeds 0, 1, 2" in found["sentence"] and "p = 0.750" in found["sentence"]
+    assert found["seeds"]["1"] == {"ppo": 0.5, "grpo": 0.55}
+
+
+def test_mostly_invalid_verdicts_decide_nothing():
+    found = comparison.verdict(pair((0.6, 0.5)), difference(), valid=0.49, simulated=True)
+    assert found["verdict"] == "inconclusive" and found["better"] is None
+    assert "49% of the verdicts" in found["sentence"]
+    twin = comparison.verdict(pair((0.6, 0.5)), difference(), valid=0.51, simulated=True)
+    assert twin["verdict"] == "better"
+
+
+def test_a_verdict_belongs_to_its_table(tmp_path):
+    folder = write_study(tmp_path)
+    with pytest.raises(UserError, match=r"smoke-seed0-aaaaaaaa/verdict\.json is missing"):
+        comparison.read_verdict(folder)
+    comparison.write_verdict(folder, {"sentence": "Both."})
+    assert comparison.read_verdict(folder)["sentence"] == "Both."
+    comparison.write_comparison(folder, table(0.9), made_by=MADE_BY, runs=[])
+    with pytest.raises(UserError, match="belongs to another table"):
+        comparison.read_verdict(folder)
+
+
+# ------------------------------------------------------------ publishing
+
+@pytest.fixture(scope="module")
+def publisher():
+    path = Path(__file__).parents[1] / "benchmarks" / "publish_study.py"
+    spec = importlib.util.spec_from_file_location("publish_study", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """A finished study with one complete run, one set aside, and a README with the markers."""
+    study = write_study(tmp_path / "runs")
+    found = comparison.verdict(pair((0.6, 0.5)), difference(), valid=0.99, simulated=True)
+    comparison.write_verdict(study, found)
+    for name in ("ppo-1", "ppo-1.previous"):
+        (study / name / "policy").mkdir(parents=True)
+        (study / name / "policy" / "model.safetensors").write_text("weights")
+        (study / name / "predictions.parquet").write_text("rows")
+        (study / name / "provenance.json").write_text(json.dumps(
+            {"commit": "0123456789abcdef", "dirty": True, "simulated": True}))
+    readme = tmp_path / "README.md"
+    readme.write_text("# Title\n<!-- results:begin -->\nold\n<!-- results:end -->\n## Next\n")
+    return study, readme
+
+
+def published(publisher, study, readme):
+    return publisher.main([str(study), "--results", str(readme.parent / "results"), "--readme",
+                           str(readme)])
+
+
+def test_publishing_writes_sentence_table_figure_and_origin(publisher, finished):
+    study, readme = finished
+    assert published(publisher, study, readme) == 0
+    text, target = readme.read_text(), readme.parent / "results" / study.name
+    assert text.startswith("# Title\n<!-- results:begin -->\n**PPO is better than GRPO**")
+    assert text.endswith("<!-- results:end -->\n## Next\n") and "old" not in text
+    assert "| detector | macro-F1 | PR-AUC at the natural base rate | valid format rate |" in text
+    assert "| ppo | 0.600 [0.500, 0.700] | 0.250 |" in text
+    figure = f"results/{study.name}/macro_f1.png"
+    assert f"({figure})" in text and (readme.parent / figure).stat().st_size > 1000
+    assert "simulated data" in text and "`0123456789` with uncommitted changes" in text
+    assert str(readme.parent) not in text
+    assert {path.name for path in target.iterdir()} == {
+        "ppo-1", "comparison.csv", "comparison.json", "verdict.json", "macro_f1.png"}
+    assert not list(target.rglob("*.safetensors"))
+    assert published(publisher, study, readme) == 0 and readme.read_text() == text
+
+
+@pytest.mark.parametrize(("spoil", "message"), [
+    (lambda study, readme: (study / "verdict.json").unlink(), "verdict.json is missing"),
+    (lambda study, readme: (study / "comparison.csv").unlink(), "comparison.csv is missing"),
+    (lambda study, readme: table(0.9).to_csv(study / "comparison.csv", index=False),
+     "belongs to another table"),
+    (lambda study, readme: (study / "ppo-1" / "predictions.parquet").unlink(),
+     "ppo-1 is not complete"),
+    (lambda study, readme: readme.write_text("# Title\n"), "lacks the lines"),
+])
+def test_what_cannot_be_published_is_refused_before_anything_is_written(
+        publisher, finished, spoil, message, capsys):
+    study, readme = finished
+    spoil(study, readme)
+    before = readme.read_text()
+    assert published(publisher, study, readme) == 2
+    assert message in capsys.readouterr().err
+    assert readme.read_text() == before and not (readme.parent / "results").exists()

@@ -1,0 +1,199 @@
+"""What notebook 07 hands on: the table of detectors, what made it, and the verdict on PPO and GRPO.
+
+In: the table that the test users gave, and the difference between the two methods. Out, in the
+study's folder:
+
+    comparison.csv        one row per detector, the columns of the headline table
+    comparison.json       what made it: profile, seed, data, hashes of settings, code and versions,
+                          the run folders it rests on, and the hash of the table itself
+    verdict.json          PPO against GRPO as one sentence, with the numbers behind it
+
+Studies are pooled over seeds only if all of this but the seed is equal; `siblings` says of every
+other study why it is left out. Refused with a `UserError`: a table without the columns of the
+headline, a study without a verdict, and a verdict on another table than the one beside it.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from ueba_helpers.data.files import atomic_path, sha256_of, write_json
+from ueba_helpers.data.records import plain
+from ueba_helpers.errors import UserError
+from ueba_helpers.study.config import Profile
+from ueba_helpers.study.evaluation import Difference, compare_seeds
+from ueba_helpers.study.runs import (
+    code_fingerprint,
+    content_hash,
+    data_hash,
+    package_versions,
+)
+
+# The columns of comparison.csv that the headline table shows, with their headings. A column
+# <name>_low and <name>_high beside a metric is its 95 % interval.
+COMPARISON_COLUMNS = {
+    "detector": "detector",
+    "macro_f1": "macro-F1",
+    "pr_auc": "PR-AUC at the natural base rate",
+    "valid_rate": "valid format rate",
+    "evidence_hit_rate": "evidence hit rate",
+    "seconds": "seconds",
+    "peak_memory_gib": "peak memory (GiB)",
+}
+LEAST_VALID = 0.5  # of the verdicts of both: below it a comparison compares formats
+
+_TABLE, _MADE_BY, _VERDICT = "comparison.csv", "comparison.json", "verdict.json"
+_SAME = ("profile", "data", "settings", "code", "versions")  # in all studies that are pooled
+_CODE = ("data", "task", "rl", "study/comparison.py", "study/config.py", "study/evaluation.py",
+         "study/pseudonyms.py", "study/runs.py", "study/stages.py")
+_AGAIN = "Run it with --only 07_comparison --force."
+
+
+def made_by(chosen: Profile, *, seed: int, data: Path | str = "") -> dict:
+    """Return what a study's numbers follow from: profile, seed, data, settings, code, versions.
+
+    Simulated data are named as such, since they follow from settings, code and seed.
+    """
+    return {"profile": chosen.name, "seed": seed,
+            "data": data_hash(chosen, seed=seed, data=data) if data else "simulated",
+            "settings": content_hash(chosen.as_dict(), 16), "code": code_fingerprint(*_CODE),
+            "versions": content_hash(package_versions())}
+
+
+def write_comparison(study: Path | str, table: pd.DataFrame, *, made_by: Mapping,
+                     runs: Sequence[str]) -> None:
+    """Write the columns of the headline with their intervals, and what made them.
+
+    `runs` are the names of the run folders that the table rests on.
+    """
+    study = Path(study)
+    kept = [name for column in COMPARISON_COLUMNS
+            for name in (column, f"{column}_low", f"{column}_high") if name in table]
+    with atomic_path(study / _TABLE) as temporary:
+        table[kept].to_csv(temporary, index=False)
+    write_json(study / _MADE_BY, {**made_by, "runs": list(runs),
+                                  "table": sha256_of(study / _TABLE)})
+
+
+def read_comparison(study: Path | str) -> pd.DataFrame | None:
+    """Return comparison.csv, or None if notebook 07 has not written it yet.
+
+    Raises `UserError` if a column of the headline table is missing.
+    """
+    study = Path(study)
+    if not (study / _TABLE).exists():
+        return None
+    table = pd.read_csv(study / _TABLE)
+    missing = [name for name in COMPARISON_COLUMNS if name not in table]
+    if missing:
+        raise UserError(f"{study.name}/{_TABLE} lacks the columns {', '.join(missing)}. {_AGAIN}")
+    return table
+
+
+def read_made_by(study: Path | str) -> dict:
+    """Return comparison.json; `UserError` if it is missing or belongs to another table."""
+    return _beside_table(Path(study), _MADE_BY)
+
+
+def siblings(study: Path | str, made_by: Mapping) -> tuple[dict[int, pd.DataFrame],
+                                                          dict[str, str]]:
+    """Return the tables of studies that differ in the seed alone, and why others are left out.
+
+    Looks at the folders beside `study` that carry the name of its profile. The first mapping goes
+    from seeds to tables (detectors as index), the second from folder names to reasons.
+    """
+    study = Path(study)
+    kept, left_out = {}, {}
+    for folder in sorted(study.parent.glob(f"{made_by['profile']}-seed*")):
+        if folder == study or not folder.is_dir():
+            continue
+        reason = _why_not(folder, made_by, {made_by["seed"], *kept})
+        if reason:
+            left_out[folder.name] = reason
+        else:
+            kept[read_made_by(folder)["seed"]] = read_comparison(folder).set_index("detector")
+    return dict(sorted(kept.items())), left_out
+
+
+def _why_not(folder: Path, wanted: Mapping, seeds: set[int]) -> str | None:
+    try:
+        found = read_made_by(folder)
+        read_comparison(folder)
+    except UserError as error:
+        return str(error)
+    different = [name for name in _SAME if found.get(name) != wanted[name]]
+    if different:
+        return f"made with other {', '.join(different)}"
+    if found["seed"] in seeds:
+        return f"seed {found['seed']} is there already"
+    return None
+
+
+def verdict(pair: pd.DataFrame, over_users: Difference, *, valid: float, simulated: bool) -> dict:
+    """Return what can be said of PPO and GRPO in macro-F1, as one sentence and its numbers.
+
+    `pair` has one row per seed (its index) and the columns ppo and grpo; `over_users` is their
+    difference on the test users of this study's seed. With two or more seeds the interval is
+    Student's over seeds, with one the bootstrap over users. `valid` is the lower of the two shares
+    of valid verdicts: below `LEAST_VALID` nothing is concluded.
+    """
+    several = len(pair) > 1
+    found = (compare_seeds(pair["ppo"], pair["grpo"], metric="macro_f1",
+                           margin=over_users.margin, level=over_users.level)
+             if several else over_users)
+    ruling = "inconclusive" if valid < LEAST_VALID else found.verdict
+    means = pair.mean()
+    seeds = ", ".join(map(str, pair.index))
+    covers = (f"over the seeds {seeds}, sign-flip p = {found.p_seeds:.3f}" if several else
+              f"over the test users of the one seed {seeds}; how training seeds differ is not "
+              "covered")
+    sentence = (
+        f"{_SAID[ruling]} in macro-F1 on the test users of "
+        f"{'simulated' if simulated else 'real'} data: PPO {means['ppo']:.3f}, GRPO "
+        f"{means['grpo']:.3f}, difference {found.value:+.3f}, {found.level:.0%} interval "
+        f"[{found.low:+.3f}, {found.high:+.3f}] ({covers}). A difference within "
+        f"±{found.margin:g} counts as none.")
+    if valid < LEAST_VALID:
+        sentence += f" Only {valid:.0%} of the verdicts of one of them are valid."
+    numbers = {"ppo": means["ppo"], "grpo": means["grpo"], "difference": found.value,
+               "low": found.low, "high": found.high, "level": found.level,
+               "margin": found.margin, "p_seeds": found.p_seeds, "valid": valid}
+    return {"sentence": sentence, "verdict": ruling, "metric": "macro_f1",
+            "better": {"better": "ppo", "worse": "grpo"}.get(ruling), "simulated": simulated,
+            "seeds": {str(seed): {"ppo": float(row["ppo"]), "grpo": float(row["grpo"])}
+                      for seed, row in pair.iterrows()},
+            **{name: plain(float(value)) for name, value in numbers.items()}}
+
+
+_SAID = {"better": "**PPO is better than GRPO**", "worse": "**GRPO is better than PPO**",
+         "equivalent": "**PPO and GRPO are equivalent**",
+         "inconclusive": "**Inconclusive: this study cannot tell PPO and GRPO apart**"}
+
+
+def write_verdict(study: Path | str, found: Mapping) -> None:
+    """Write verdict.json for the comparison.csv that lies there."""
+    study = Path(study)
+    write_json(study / _VERDICT, {**found, "table": sha256_of(study / _TABLE)})
+
+
+def read_verdict(study: Path | str) -> dict:
+    """Return verdict.json; `UserError` if it is missing or belongs to another table."""
+    return _beside_table(Path(study), _VERDICT)
+
+
+def _beside_table(study: Path, name: str) -> dict:
+    for file in (_TABLE, name):
+        if not (study / file).exists():
+            raise UserError(f"{study.name}/{file} is missing: notebook 07 writes it. {_AGAIN}")
+    try:
+        found = json.loads((study / name).read_text(encoding="utf-8"))
+        belongs = found["table"] == sha256_of(study / _TABLE)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{study.name}/{name} cannot be read ({type(error).__name__}: {error}). "
+                        f"{_AGAIN}") from error
+    if not belongs:
+        raise UserError(f"{study.name}/{name} belongs to another table than the {_TABLE} beside "
+                        f"it. {_AGAIN}")
+    return found
