@@ -1,10 +1,13 @@
 """Classical detectors: what they learn, what they must not see, and what they hand over."""
 
+import functools
+
 import numpy as np
 import pandas as pd
 import pytest
 from sklearn.metrics import average_precision_score, f1_score
 
+from ueba_helpers.data import splits
 from ueba_helpers.data.windows import BEHAVIOUR_FEATURES, PAST_FEATURES, WEEK_FEATURES
 from ueba_helpers.errors import UserError
 from ueba_helpers.task import baselines
@@ -153,13 +156,42 @@ def test_each_detector_ranks_malicious_days_above_chance_on_unseen_users(fitted,
     assert area["gradient_boosting"] > 0.8 and area["logistic_regression"] > 0.8
 
 
-def test_shuffled_labels_leave_nothing_to_learn(parts):
-    train, _, test = parts
-    shuffled = train.assign(risk=train["risk"].sample(frac=1, random_state=0).to_numpy())
-    for name in baselines.SUPERVISED:
-        model = baselines.fit(shuffled, detector=name, seed=0)
-        area = average_precision_score(test["malicious"], baselines.scores(model, test)[0])
-        assert area < 0.35, name  # against more than .8 with the true labels
+def permuted(parts, fit_and_score):
+    """Audit rows, by detector, of labels dealt anew among training and held-out days."""
+    train, dev, test = parts
+    opened = pd.concat([train.assign(split="train"), dev.assign(split="dev"),
+                        test.assign(split="dev")])
+    rows = splits._permuted_labels(opened, 0, {
+        name: functools.partial(fit_and_score, detector=name, seed=0)
+        for name in baselines.DETECTORS})
+    return {row["check"].rpartition(" ")[2]: row for row in rows}
+
+
+def test_dealt_labels_bring_every_detector_to_chance_within_four_standard_errors(parts):
+    rows = permuted(parts, baselines.fit_and_score)
+    assert {name: row["outcome"] for name, row in rows.items()} == dict.fromkeys(
+        baselines.DETECTORS, "passed")
+    assert all(0 < row["limit"] < 0.15 for row in rows.values())  # narrow enough to find a leak
+    assert all(float(row["detail"].rpartition(" ")[2]) > 0.6 for row in rows.values())
+
+
+def seen_before(train, held_out, *, detector, seed):
+    """The twin learns from the held-out days too."""
+    return baselines.fit_and_score(pd.concat([train] + 3 * [held_out]), held_out,
+                                   detector=detector, seed=seed)
+
+
+def label_read(train, held_out, *, detector, seed):
+    """The twin lets the answer into its score."""
+    score = baselines.fit_and_score(train, held_out, detector=detector, seed=seed)
+    return score + 0.5 * score.std() * held_out["malicious"].to_numpy(float)
+
+
+@pytest.mark.parametrize(("leak", "found"), [(seen_before, baselines.SUPERVISED),
+                                             (label_read, baselines.DETECTORS)])
+def test_a_detector_that_leaks_does_not_come_down_to_chance(parts, leak, found):
+    rows = permuted(parts, leak)
+    assert {name for name, row in rows.items() if row["outcome"] == "failed"} == set(found)
 
 
 def test_the_isolation_forest_reads_no_label(parts):
