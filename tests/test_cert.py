@@ -13,12 +13,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from datetime import datetime
 from pathlib import Path
 
+import duckdb
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from tests.cert_folder import (
@@ -72,6 +74,11 @@ def lenient(release: Path, store: Path, **options) -> dict:
     return cert.ingest(release, store, max_quarantine_share=1.0, threads=1, **options)
 
 
+def accounted(part: dict) -> bool:
+    """Whether every row read of a file is stored, quarantined, or of another release."""
+    return part["read"] == part["stored"] + part["quarantined"] + part.get("other_releases", 0)
+
+
 def replace_line(path: Path, number: int, line: str | bytes) -> None:
     """Put another line at a line number (1 is the header)."""
     lines = path.read_bytes().split(b"\n")
@@ -114,8 +121,11 @@ def test_the_columns_of_an_event_mean_what_the_file_says(folder, tmp_path):
         ("BBB0002", "Ada.A@comcast.net", 2, 1, 1, 3, 20_001, 1),
     ]
     assert rows_of(
-        tmp_path / "store", "SELECT domain, category FROM http ORDER BY date LIMIT 3"
-    ) == [("example.org", "news"), ("boeing.com", "job"), ("facebook.com", "social")]
+        tmp_path / "store", "SELECT domain, topic, category FROM http ORDER BY date LIMIT 3"
+    ) == [
+        ("example.org", "news", "news"), ("boeing.com", "jobhunting", "job"),
+        ("facebook.com", "friends", "social"),
+    ]
 
 
 def test_no_page_or_message_text_reaches_the_store(folder, tmp_path):
@@ -158,6 +168,172 @@ def test_the_two_views_of_positive_days_differ_where_an_insider_uses_another_acc
         'SELECT count(DISTINCT "user"), count(DISTINCT insider) FROM answers WHERE scenario = 3',
     )
     assert rows == [(2, 1)]
+
+
+INSIDERS, MISSED = "answers/insiders.csv", "r4.2-2-BBB0002.csv"
+
+
+def miswrite_insider(folder: Path, dataset: str) -> None:
+    """Give insider BBB0002's row of the key another dataset."""
+    path = folder / INSIDERS
+    path.write_text(path.read_text().replace("4.2,2,", f"{dataset},2,"))
+
+
+def insider_is_missed(release: Path, store: Path) -> bool:
+    """Whether the loss of insider BBB0002 shows: in the quarantine, the warnings, the counts."""
+    manifest = lenient(release, store)
+    part = manifest["tables"]["insiders"]
+    refused = [(row["file"], row["line"]) for row in quarantined(store)]
+    return (
+        refused == [(INSIDERS, "4")]
+        and any(MISSED in warning for warning in manifest["warnings"])
+        and accounted(part)
+        and (part["read"], part["stored"], part["other_releases"]) == (5, 2, 2)
+    )
+
+
+@pytest.mark.parametrize(
+    "dataset", ["42", "", "4,2", "4.20", "7.1", "4.1", "r5.2", "rr4.2", "\u0664.2"]
+)
+def test_an_insider_of_a_miswritten_dataset_is_missed_aloud(folder, tmp_path, dataset):
+    miswrite_insider(folder, dataset)
+    with pytest.raises(UserError, match=r"insiders\.csv: 1 of 3 rows .*first: line 4"):
+        cert.ingest(folder, tmp_path / "store")
+    assert insider_is_missed(folder, tmp_path / "store")
+
+
+def test_passing_over_every_other_dataset_would_lose_an_insider(folder, tmp_path, monkeypatch):
+    """The twin: a reader that takes whatever is not 4.2 for another release."""
+    miswrite_insider(folder, "42")
+    monkeypatch.setattr(cert, "_is_other_release", lambda cells: cells[0] != "4.2")
+    assert not insider_is_missed(folder, tmp_path / "store")
+
+
+@pytest.mark.parametrize("dataset", [name for name in cert.DATASETS if name != "4.2"])
+def test_rows_of_the_other_known_releases_are_passed_over_and_counted(folder, tmp_path, dataset):
+    with open(folder / INSIDERS, "a") as stream:
+        stream.write(f"{dataset},4,r{dataset}-4.csv,no user,no date,8/1/2010 9:00:00\n")
+    manifest = cert.ingest(folder, tmp_path / "store")
+    assert manifest["tables"]["insiders"] == {
+        "read": 6, "stored": 3, "quarantined": 0, "other_releases": 3,
+    }
+    assert manifest["rows"]["other_releases"] == 3 and accounted(manifest["rows"])
+    assert manifest["warnings"] == []
+
+
+def test_an_answer_file_that_the_key_does_not_name_is_told(folder, tmp_path):
+    store = tmp_path / "store"
+    assert cert.ingest(folder, store)["warnings"] == []
+    stray = folder / "answers" / "r4.2-2" / "r4.2-2-ZZZ0009.csv"
+    write_lines(stray, None, [f"http,{log_lines('http', 12)[4]}"])
+    for _ in range(2):  # a store that is used again keeps its warning
+        manifest = cert.ingest(folder, store)
+        (warning,) = manifest["warnings"]
+        assert "answers/r4.2-2/r4.2-2-ZZZ0009.csv was left out: no good row" in warning
+        assert manifest["answer_files_left_out"] == ["answers/r4.2-2/r4.2-2-ZZZ0009.csv"]
+        assert manifest["tables"]["answers"]["stored"] == 7
+    stray.rename(folder / "answers" / "r4.2-2-BBB0002.csv")
+    (warning,) = cert.ingest(folder, store)["warnings"]
+    assert "was left out: answers/r4.2-2/r4.2-2-BBB0002.csv is used" in warning
+
+
+@pytest.mark.parametrize("name", ["insiders.csv", "r4.2-1-AAA0001.csv"])
+def test_a_row_of_the_key_lost_on_the_way_is_noticed(folder, tmp_path, monkeypatch, name):
+    def dropping(self, source, real=cert._Ingest.small_lines):
+        lines, count = real(self, source)
+        return (lines[:-1] if source.path.name == name else lines), count
+
+    monkeypatch.setattr(cert._Ingest, "small_lines", dropping)
+    with pytest.raises(RuntimeError, match=rf"{name}: \d rows read but"):
+        lenient(folder, tmp_path / "store")
+
+
+# The facts of a real release the size of the fixture. Insider CCC0013 acts on two accounts in one
+# day, so that the two views of a positive day differ.
+TOY_FACTS = {
+    "rows": dict.fromkeys(cert.LOGS, ROWS), "insiders": {"1": 1, "2": 1, "3": 1},
+    "positive_days": {"account": 6, "insider": 5},
+}
+
+
+@pytest.fixture
+def real_folder(folder, monkeypatch) -> Path:
+    """The fixture in the part of the real release."""
+    logon, http = log_lines("logon", ROWS), log_lines("http", ROWS)
+    acts = [f"logon,{logon[5]}", f"logon,{logon[4]}", f"http,{http[6]}"]
+    write_lines(folder / "answers" / "r4.2-3" / "r4.2-3-CCC0013.csv", None, acts)
+    monkeypatch.setattr(cert, "R4_2_FACTS", TOY_FACTS)
+    return folder
+
+
+def test_the_facts_of_the_real_release_are_those_published():
+    facts = cert.R4_2_FACTS
+    assert facts["positive_days"] == {"account": 986, "insider": 966}
+    assert sum(facts["rows"].values()) == 32_770_222 and set(facts["rows"]) == set(cert.LOGS)
+    assert sum(facts["insiders"].values()) == 70
+
+
+def test_the_real_release_is_known_by_its_rows_and_its_key_checked(real_folder, tmp_path):
+    manifest = cert.ingest(real_folder, tmp_path / "store")
+    assert manifest["real_release"]
+    assert manifest["positive_days"] == TOY_FACTS["positive_days"]
+    (real_folder / "http.csv").unlink()  # a subset is known by the logs that are there
+    assert cert.ingest(real_folder, tmp_path / "store")["real_release"]
+    for log in ("logon", "device", "file", "email"):
+        write_lines(real_folder / f"{log}.csv", HEADERS[log], log_lines(log, ROWS + 3))
+    assert not cert.ingest(real_folder, tmp_path / "store")["real_release"]
+
+
+def test_a_log_of_the_real_release_that_is_cut_at_a_line_end_is_told(real_folder, tmp_path):
+    write_lines(real_folder / "device.csv", HEADERS["device"], log_lines("device", ROWS - 2))
+    manifest = cert.ingest(real_folder, tmp_path / "store")
+    assert manifest["real_release"]
+    (warning,) = manifest["warnings"]
+    assert warning.startswith("device.csv: 10 rows, but 12 in the real release")
+
+
+def shift_day(folder: Path) -> None:
+    path = folder / "answers" / "r4.2-1" / "r4.2-1-AAA0001.csv"
+    path.write_text(path.read_text().replace("03/02/2010", "03/06/2010", 1).replace(
+        "03/01/2010", "03/07/2010", 1))
+
+
+def drop_insider(folder: Path) -> None:
+    path = folder / INSIDERS
+    path.write_text(re.sub("4.2,2,.*\n", "", path.read_text()))
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda folder: (folder / "answers" / "r4.2-2" / MISSED).unlink(),
+     ["positive_days are {'account': 5, 'insider': 4}",
+      "expected {'account': 6, 'insider': 5}", f"{MISSED} of insider BBB0002 is missing"]),
+    (shift_day, ["positive_days are {'account': 7, 'insider': 6}"]),
+    (drop_insider, ["insiders are {'1': 1, '3': 1}, expected {'1': 1, '2': 1, '3': 1}"]),
+])
+def test_a_key_that_is_not_the_real_one_stops_the_real_release_only(
+    real_folder, tmp_path, monkeypatch, damage, words
+):
+    damage(real_folder)
+    with pytest.raises(UserError) as refused:
+        lenient(real_folder, tmp_path / "store")
+    for word in words:
+        assert word in str(refused.value)
+    assert not (tmp_path / "store").exists()
+    monkeypatch.undo()  # with the true facts this is some other release
+    assert not lenient(real_folder, tmp_path / "store")["real_release"]
+
+
+def test_the_two_views_must_not_be_taken_for_each_other(real_folder, tmp_path, monkeypatch):
+    """The twin: facts with the two views exchanged refuse the good key."""
+    exchanged = {**TOY_FACTS, "positive_days": {"account": 5, "insider": 6}}
+    monkeypatch.setattr(cert, "R4_2_FACTS", exchanged)
+    with pytest.raises(UserError, match=r"positive_days are \{'account': 6, 'insider': 5\}"):
+        cert.ingest(real_folder, tmp_path / "store")
+
+
+def test_the_real_logs_without_a_key_are_read_with_a_warning(real_folder, tmp_path):
+    shutil.rmtree(real_folder / "answers")
+    assert cert.ingest(real_folder, tmp_path / "store")["real_release"]
 
 
 def test_the_events_of_a_part_are_sorted_by_account_and_time(folder, tmp_path):
@@ -225,6 +401,60 @@ def test_answer_rows_that_are_in_no_log_are_counted(folder, tmp_path):
     write_lines(folder / "logon.csv", HEADERS["logon"], log_lines("logon", ROWS)[3:])
     manifest = cert.ingest(folder, tmp_path / "store")
     assert manifest["answers_unmatched"] == {"logon": 2}
+    assert manifest["answers_differing"] == []
+    assert "2 rows of the answer key are in no log: {'logon': 2}" in manifest["warnings"]
+
+
+KEY_CHANGES = [  # what is changed in the key's row of device event 3; how the list shows it
+    ("03/02/2010", "03/06/2010", "2010-03-06 08:03:00 AAA0001 PC-0001"),
+    ("08:03:00", "08:03:01", "2010-03-02 08:03:01 AAA0001 PC-0001"),
+    ("AAA0001", "BBB0002", "2010-03-02 08:03:00 BBB0002 PC-0001"),
+    ("PC-0001", "PC-0009", "2010-03-02 08:03:00 AAA0001 PC-0009"),
+]
+
+
+def change_key(folder: Path, old: str, new: str) -> None:
+    path = folder / "answers" / "r4.2-1" / "r4.2-1-AAA0001.csv"
+    line = f"device,{log_lines('device', ROWS)[3]}"
+    assert line in path.read_text()
+    path.write_text(path.read_text().replace(line, line.replace(old, new)))
+
+
+def told_to_differ(manifest: dict, key: str) -> bool:
+    event = "2010-03-02 08:03:00 AAA0001 PC-0001"
+    return (
+        manifest["answers_unmatched"] == {"device": 1}
+        and manifest["answers_differing"] == [{
+            "log": "device", "insider": "AAA0001", "id": event_id("device", 3), "key": key,
+            "event": event,
+        }]
+        and any(f"{key} in the key, {event} in the log" in told for told in manifest["warnings"])
+    )
+
+
+@pytest.mark.parametrize("old, new, key", KEY_CHANGES)
+def test_an_answer_row_that_differs_from_its_event_is_listed(folder, tmp_path, old, new, key):
+    change_key(folder, old, new)
+    assert told_to_differ(cert.ingest(folder, tmp_path / "store"), key)
+
+
+@pytest.mark.parametrize("old, new, key", KEY_CHANGES)
+def test_matching_by_id_alone_would_not_see_it(folder, tmp_path, monkeypatch, old, new, key):
+    """The twin: the key and the log compared in their ids only."""
+    change_key(folder, old, new)
+    monkeypatch.setattr(cert, "_EVENT_HEADER", ("id",))
+    manifest = cert.ingest(folder, tmp_path / "store")
+    assert not told_to_differ(manifest, key) and manifest["answers_unmatched"] == {}
+
+
+def test_the_list_of_differing_answer_rows_is_bounded(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(cert, "MAX_DIFFERING", 2)
+    path = folder / "answers" / "r4.2-1" / "r4.2-1-AAA0001.csv"
+    path.write_text(path.read_text().replace("PC-0001", "PC-0009"))
+    manifest = cert.ingest(folder, tmp_path / "store")
+    assert manifest["answers_unmatched"] == {"logon": 1, "device": 2, "http": 1}
+    assert [row["log"] for row in manifest["answers_differing"]] == ["logon", "device"]
+    assert any("4 rows of the answer key differ" in told for told in manifest["warnings"])
 
 
 def test_accounts_without_an_ldap_row_are_counted(folder, tmp_path):
@@ -467,8 +697,7 @@ def test_a_bad_row_of_a_small_table_is_kept_apart(folder, tmp_path, name, line, 
     manifest = lenient(folder, tmp_path / "store")
     (row,) = quarantined(tmp_path / "store")
     assert (row["file"], row["line"]) == (name, "4") and row["reason"].startswith(reason)
-    for part in manifest["tables"].values():
-        assert part["read"] == part["stored"] + part["quarantined"]
+    assert all(map(accounted, manifest["tables"].values()))
 
 
 @pytest.mark.parametrize(
@@ -832,6 +1061,101 @@ def test_an_incomplete_store_is_not_opened(folder, tmp_path):
         cert.Store(tmp_path / "store")
 
 
+MANIFEST_FAULTS = [
+    *((key, None) for key in cert._MANIFEST_TYPES),
+    ("options", []), ("buckets", "4"), ("buckets", 0), ("files", {"answers.parquet": "big"}),
+    ("sources", {"logon.csv": {"bytes": 3}}), ("sources", {"logon.csv": 3}), ("warnings", {}),
+    ("rows", {"read": 3}), ("logs", {"logon": 7}), ("tables", {"ldap": {"read": 1}}),
+]
+
+
+@pytest.mark.parametrize("key, value", MANIFEST_FAULTS)
+def test_a_store_of_a_damaged_manifest_is_refused_with_one_message(folder, tmp_path, key, value):
+    store = tmp_path / "store"
+    manifest = cert.ingest(folder, store)
+    assert cert._well_formed(manifest), "the fault below is the only one"
+    manifest.pop(key)
+    if value is not None:
+        manifest[key] = value
+    (store / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="whole manifest"):
+        cert.ingest(folder, store)
+    with pytest.raises(UserError, match=r"no manifest\.json of an event store"):
+        cert.Store(store)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"kind": "photographs"}', "[" * 100_000])
+def test_a_folder_of_another_manifest_is_not_overwritten(folder, tmp_path, text):
+    store = tmp_path / "store"
+    store.mkdir()
+    (store / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match="not an event store, so it is not overwritten"):
+        cert.ingest(folder, store)
+    assert (store / "manifest.json").read_text() == text
+
+
+def test_a_store_of_another_version_is_written_anew(folder, tmp_path):
+    store = tmp_path / "store"
+    cert.ingest(folder, store)
+    before = contents(store)
+    (store / "manifest.json").write_text(json.dumps({"kind": cert.STORE_KIND, "version": 0}))
+    with pytest.raises(UserError, match="another version"):
+        cert.Store(store)
+    cert.ingest(folder, store)
+    assert contents(store) == before
+
+
+def refuse(name: str, monkeypatch, real):
+    """Make a method of paths refuse the file `name` as the system would."""
+    def refusing(self, *args, **kwargs):
+        if self.name == name:
+            raise PermissionError(13, "Permission denied", str(self))
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, real.__name__, refusing)
+
+
+@pytest.mark.parametrize("name, method", [
+    ("release", Path.exists), ("logon.csv", Path.is_file), ("LDAP", Path.iterdir),
+    ("insiders.csv", Path.is_file), ("http.csv", Path.stat), ("store", Path.exists),
+])
+def test_what_may_not_be_read_or_written_is_told_by_name(
+    folder, tmp_path, monkeypatch, name, method
+):
+    refuse(name, monkeypatch, method)
+    with pytest.raises(UserError, match=rf"{re.escape(name)}: permission denied\. Change its"):
+        cert.ingest(folder, tmp_path / "store")
+
+
+def test_recognising_words_its_errors_too(folder, monkeypatch):
+    refuse("LDAP", monkeypatch, Path.iterdir)
+    with pytest.raises(UserError, match="LDAP: permission denied"):
+        cert.recognise(folder)
+
+
+@pytest.mark.parametrize("error, words", [
+    (duckdb.InternalException("what"), "store: DuckDB cannot go on: what"),
+    (duckdb.IOException("no space"), "store: cannot be read or written: no space"),
+    (duckdb.OutOfMemoryException("full"), "memory_limit 1GB is too small"),
+])
+def test_what_duckdb_refuses_is_one_message(folder, tmp_path, monkeypatch, error, words):
+    def failing(*_):
+        raise error
+
+    monkeypatch.setattr(cert._Ingest, "ldap", failing)
+    with pytest.raises(UserError, match=words):
+        cert.ingest(folder, tmp_path / "store")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["release"]
+
+
+def test_a_damaged_table_of_a_store_is_one_message(folder, tmp_path):
+    cert.ingest(folder, tmp_path / "store")
+    path = tmp_path / "store" / "ldap.parquet"
+    path.write_bytes(b"x" * path.stat().st_size)
+    with pytest.raises(UserError, match="store: "):
+        cert.Store(tmp_path / "store").connect()
+
+
 def test_a_part_is_found_from_the_account(folder, tmp_path):
     cert.ingest(folder, tmp_path / "store", buckets=4)
     store = cert.Store(tmp_path / "store")
@@ -861,7 +1185,9 @@ URLS = st.builds(
     st.sampled_from(["", "www.", "jobs.", "not"]),
     HOSTS,
     st.sampled_from(["", "/Some_Topic/word", "/wboUhagvat/x"]),
-    st.sampled_from(["", "WboUhagvat12.htm", "arjf3.php", "xarjf3.php", "x/y", "NRWF"]),
+    st.sampled_from(["", "WboUhagvat12.htm", "arjf3.php", "xarjf3.php", "x/y", "NEWS", "ARJF.x",
+                     "arjf", "arjf?q=/WboUhagvat9.htm", "Fcbegf_yrnthr88.asp", "9.jsp",
+                     "caf\u00e9"]),
 )
 
 
@@ -876,9 +1202,43 @@ def test_the_store_gives_a_url_the_category_of_web_category(tmp_path_factory, ur
     ]
     write_lines(folder / "http.csv", HEADERS["http"], lines)
     cert.ingest(folder, base / "store", threads=1, buckets=1)
-    stored = rows_of(base / "store", "SELECT domain, category FROM http ORDER BY id")
-    assert stored == [(cert.web_domain(url), cert.web_category(url)) for url in urls]
+    stored = rows_of(base / "store", "SELECT domain, topic, category FROM http ORDER BY id")
+    assert stored == [
+        (cert.web_domain(url), cert.web_topic(url), cert.web_category(url)) for url in urls
+    ]
     shutil.rmtree(base)
+
+
+TOPICS = {  # the topic of a URL: ROT13 by hand
+    "http://boeing.com/WboUhagvat77.htm": "jobhunting",
+    "https://www.a.org/Some_Topic/word/arjf12.html": "news",
+    "http://a.org/Some_Topic/word/Fcbegf_yrnthr1904.aspx": "sports_league",
+    "http://a.org/Some_Topic/word/NEJF12.html": "arws",
+    "http://arjf.org": "", "http://arjf.org/": "", "http://a.org/Some_Topic/word/12.html": "",
+    "http://a.org/Some_Topic/word/arjf": "news", "http://a.org/arjf/x1.htm": "k",
+}
+
+
+def topics_are_read(folder: Path, store: Path) -> bool:
+    lines = [
+        f"{event_id('http', n)},03/01/2010 08:00:00,AAA0001,PC-0001,{url},words"
+        for n, url in enumerate(TOPICS)
+    ]
+    write_lines(folder / "http.csv", HEADERS["http"], lines)
+    lenient(folder, store)
+    stored = [row[0] for row in rows_of(store, "SELECT topic FROM http ORDER BY id")]
+    return stored == list(TOPICS.values()) == [cert.web_topic(url) for url in TOPICS]
+
+
+def test_the_topic_of_a_url_is_decoded(folder, tmp_path):
+    assert topics_are_read(folder, tmp_path / "store")
+
+
+@pytest.mark.parametrize("decoded", [cert._LETTERS.lower(), cert._DECODED[1:] + "n"])
+def test_a_wrong_decoding_would_be_seen(folder, tmp_path, monkeypatch, decoded):
+    """The twins: letters left as they are, and letters moved by fourteen."""
+    monkeypatch.setattr(cert, "_DECODED", decoded)
+    assert not topics_are_read(folder, tmp_path / "store")
 
 
 def test_every_table_of_domains_leads_to_its_category_and_none_is_in_two():
@@ -960,10 +1320,17 @@ SPLINTERS = st.sampled_from(
 )
 SPLINTERS = SPLINTERS | st.binary(max_size=6)
 CUTS = st.tuples(st.integers(0, 10_000), st.integers(0, 40), SPLINTERS)
-LINE_MOVES = st.sampled_from(["none", "none", "shuffle", "repeat", "crlf", "cut", "reverse"])
+LINE_MOVES = st.sampled_from(
+    ["none", "none", "none", "shuffle", "repeat", "crlf", "cut", "reverse", "transplant"]
+)
 
 
-def fuzz(base: Path, log: str, cuts: list, move: str, seed: int, block: int) -> None:
+def whole(log: str) -> bytes:
+    return "".join(f"{line}\n" for line in [HEADERS[log], *log_lines(log, ROWS)]).encode()
+
+
+def damaged(log: str, other: str, cuts: list, place: str, move: str, seed: int) -> bytes:
+    """Return a log's bytes after a move of its lines and some cuts, the first at `place`."""
     lines = log_lines(log, ROWS)
     if move == "shuffle":
         random.Random(seed).shuffle(lines)
@@ -971,38 +1338,65 @@ def fuzz(base: Path, log: str, cuts: list, move: str, seed: int, block: int) -> 
         lines += lines[seed % ROWS :][:3]
     elif move == "reverse":
         lines[seed % ROWS] = ",".join(reversed(lines[seed % ROWS].split(",")))
-    body = ("\n".join(lines) + "\n").encode()
+    elif move == "transplant":
+        lines.insert(seed % ROWS, log_lines(other, ROWS)[seed % 7])
+    head, body = HEADERS[log].encode() + b"\n", ("\n".join(lines) + "\n").encode()
     if move == "crlf":
         body = body.replace(b"\n", b"\r\n")
     elif move == "cut":
         body = body[: max(1, len(body) - seed % 200)]
-    for at, length, splinter in cuts:
-        at %= len(body) + 1
-        body = body[:at] + splinter + body[at + length :]
-    data = HEADERS[log].encode() + b"\n" + body
+    for number, (at, length, splinter) in enumerate(cuts):
+        if number == 0 and place == "header":
+            at %= len(head) + 1
+            head = head[:at] + splinter + head[at + length :]
+        else:
+            at %= len(body) + 1
+            body = body[:at] + splinter + body[at + length :]
+    return head + body
+
+
+def has_header(data: bytes, log: str) -> bool:
+    line = data.split(b"\n")[0].removeprefix(codecs.BOM_UTF8).decode("utf-8", "replace")
+    return [cell.strip() for cell in line.split(",")] == HEADERS[log].split(",")
+
+
+def fuzz(base: Path, log: str, other: str, data: bytes, block: int) -> str:
+    """Ingest a damaged log beside a good one of the same ids; compare with the plain reader."""
     folder = base / "release"
     folder.mkdir()
     (folder / f"{log}.csv").write_bytes(data)
+    beside = [line.replace(event_id(other, n), event_id(log, n))
+              for n, line in enumerate(log_lines(other, ROWS))]
+    write_lines(folder / f"{other}.csv", HEADERS[other], beside)
     people = ["Ada,AAA0001,a@dtaa.com,Salesman,1,,,,Ada"]
     write_lines(folder / "LDAP" / "2010-02.csv", HEADERS["ldap"], people)
-    expected = plain_verdicts(data, log)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cert, "BLOCK_BYTES", block)
         patch.setattr(cert, "MAX_LINE_BYTES", 4000)
         expected = plain_verdicts(data, log)
+        if not has_header(data, log):
+            with pytest.raises(UserError, match=rf"{log}\.csv"):
+                lenient(folder, base / "store", allow_empty=True, buckets=1)
+            assert not (base / "store").exists()
+            return "refused"
         manifest = lenient(folder, base / "store", allow_empty=True, buckets=1)
     part = manifest["logs"][log]
     assert part["read"] == part["stored"] + part["quarantined"] == len(expected)
-    refused = {int(row["line"]) for row in quarantined(base / "store")}
-    assert refused == {number for number, good in expected.items() if not good}
+    assert manifest["logs"][other]["read"] == manifest["logs"][other]["stored"] == ROWS
+    refused = {(row["file"], int(row["line"])) for row in quarantined(base / "store")}
+    assert refused == {(f"{log}.csv", number) for number, good in expected.items() if not good}
     stored = {row[0] for row in rows_of(base / "store", f"SELECT id FROM {log}")}
     raw = [b"", *data.split(b"\n")]
     assert stored == {raw[n].split(b",")[0].decode() for n, good in expected.items() if good}
+    kept = {row[0] for row in rows_of(base / "store", f"SELECT id FROM {other}")}
+    assert kept == {event_id(log, number) for number in range(ROWS)}
+    return "read with bad rows" if refused else "read"
 
 
 FUZZED = given(
-    log=st.sampled_from(cert.LOGS),
+    logs=st.permutations(cert.LOGS),
     cuts=st.lists(CUTS, max_size=4),
+    place=st.sampled_from(["body", "body", "body", "header"]),
     move=LINE_MOVES,
     seed=st.integers(0, 1000),
     block=st.sampled_from([64, 700, 1 << 20]),
@@ -1010,17 +1404,28 @@ FUZZED = given(
 
 
 def run_fuzz(tmp_path_factory, examples: int) -> None:
+    """Fuzz at least `examples` different damaged files, and count what becomes of them."""
+    files: set[bytes] = set()
+    outcomes: Counter[str] = Counter()
+
     @settings(
-        max_examples=examples, deadline=None, derandomize=True, database=None,
+        max_examples=examples * 6 // 5, deadline=None, derandomize=True, database=None,
         suppress_health_check=list(HealthCheck),
     )
     @FUZZED
-    def one(log, cuts, move, seed, block):
+    def one(logs, cuts, place, move, seed, block):
+        log, other = logs[:2]
+        data = damaged(log, other, cuts, place, move, seed)
+        assume(data != whole(log))
+        files.add(data)
         base = tmp_path_factory.mktemp("fuzz")
-        fuzz(base, log, cuts, move, seed, block)
+        outcomes[fuzz(base, log, other, data, block)] += 1
         shutil.rmtree(base)
 
     one()
+    assert len(files) >= examples, len(files)
+    for outcome in ("refused", "read with bad rows", "read"):
+        assert outcomes[outcome] >= examples // 25, outcomes
 
 
 def test_fifty_damaged_files_are_read_as_a_plain_reader_reads_them(tmp_path_factory):
@@ -1034,9 +1439,44 @@ def test_five_hundred_damaged_files_are_read_as_a_plain_reader_reads_them(tmp_pa
 
 def test_the_plain_reader_tells_a_loader_that_misreads_quotes(tmp_path, monkeypatch):
     """The fuzzing above can fail: a loader that lets quotes pass is found out."""
+    data = damaged("http", "logon", [(len(GOOD["http"]) - 3, 0, b'"')], "body", "none", 0)
+    (tmp_path / "good").mkdir()
+    assert fuzz(tmp_path / "good", "http", "logon", data, 700) == "read with bad rows"
     monkeypatch.setattr(cert, "_QUOTE", cert._GOOD)
     with pytest.raises(AssertionError):
-        fuzz(tmp_path, "http", [(len(GOOD["http"]) - 3, 0, b'"')], "none", 0, 700)
+        fuzz(tmp_path, "http", "logon", data, 700)
+
+
+def test_the_fuzzing_tells_a_loader_that_reads_under_a_wrong_header(tmp_path, monkeypatch):
+    """Another twin: columns in another order, taken for the right ones."""
+    data = damaged("logon", "device", [(0, 7, b"date,id")], "header", "none", 0)
+    (tmp_path / "good").mkdir()
+    assert fuzz(tmp_path / "good", "logon", "device", data, 700) == "refused"
+    monkeypatch.setattr(cert, "_recognise", lambda found: "r4.2")
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        fuzz(tmp_path, "logon", "device", data, 700)
+
+
+def test_the_fuzzing_tells_a_loader_that_takes_ids_for_unique_over_all_files(
+    tmp_path, monkeypatch
+):
+    def over_all(self, source, table, stage, read, bad, real=cert._Ingest.duplicates):
+        real(self, source, table, stage, read, bad)
+        earlier = [path for path in (self.folder / "events").glob("*/*/*.parquet")]
+        if not earlier:
+            return self.count("duplicates")
+        known = cert._parquet(self.folder / "events" / "*" / "*")
+        self.connection.execute(
+            f"INSERT INTO duplicates SELECT line FROM {cert._parquet(stage / 'bucket=*')}"
+            f" WHERE id IN (SELECT id FROM {known})")
+        return self.quarantine(source, "SELECT line, 'twice' AS reason, '' AS text FROM duplicates")
+
+    data = damaged("logon", "device", [(3, 1, b"")], "body", "none", 0)
+    (tmp_path / "good").mkdir()
+    assert fuzz(tmp_path / "good", "logon", "device", data, 700) == "read with bad rows"
+    monkeypatch.setattr(cert._Ingest, "duplicates", over_all)
+    with pytest.raises(AssertionError):
+        fuzz(tmp_path, "logon", "device", data, 700)
 
 
 @pytest.mark.parametrize("target", ["LDAP/2010-02.csv", "psychometric.csv", "answers/insiders.csv",
@@ -1052,6 +1492,7 @@ def test_a_damaged_small_file_gives_a_store_or_one_message(tmp_path_factory, tar
     for at, length, splinter in cuts:
         at %= len(data) + 1
         data = data[:at] + splinter + data[at + length :]
+    assume(data != path.read_bytes())
     path.write_bytes(data)
     try:
         manifest = lenient(folder, base / "store")
@@ -1059,12 +1500,142 @@ def test_a_damaged_small_file_gives_a_store_or_one_message(tmp_path_factory, tar
         assert path.name in str(refused)
         assert not (base / "store").exists()
     else:
-        for part in manifest["tables"].values():
-            assert part["read"] == part["stored"] + part["quarantined"]
+        assert all(map(accounted, manifest["tables"].values()))
     shutil.rmtree(base)
 
 
 # --- kills ----------------------------------------------------------------------------------------
+
+# Ingests in forked children that end at once before or after a chosen step: a rename, the writing
+# of the manifest and, for "all" steps, a removal of a folder. Printed: the fate of each child.
+CRASHES = """
+import contextlib, json, os, shutil, sys
+from pathlib import Path
+from ueba_helpers.data import cert
+
+release, base, writer, kinds, steps = Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:]
+
+
+@contextlib.contextmanager
+def in_place(store):
+    shutil.rmtree(store, ignore_errors=True)
+    store.mkdir()
+    yield store
+
+
+def ingest(store, die_at=None, **options):
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(write_end)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        return status, os.read(read_end, 99).decode()
+    met = 0
+
+    def step():
+        nonlocal met
+        if met == die_at:
+            os._exit(9)
+        met += 1
+
+    def watched(real):
+        def call(*args, **kwargs):
+            step()
+            result = real(*args, **kwargs)
+            step()
+            return result
+        return call
+
+    if writer == "in place":
+        cert._replacing = in_place
+    os.replace, cert.write_json = watched(os.replace), watched(cert.write_json)
+    if steps == "all":
+        shutil.rmtree = watched(shutil.rmtree)
+    try:
+        cert.ingest(release, store, threads=1, **options)
+        os.write(write_end, str(met).encode())
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+fates = {}
+for kind in kinds.split():
+    def prepared(name):
+        store = base / name / "store"
+        if kind == "over":  # a store of other options stands there
+            assert ingest(store, buckets=1)[0] == 0
+        return store
+    for at in range(int(ingest(prepared(kind + "-whole"))[1])):
+        fates[f"{kind}-{at}"] = ingest(prepared(f"{kind}-{at}"), at)[0]
+print(json.dumps(fates))
+"""
+
+
+def crash_everywhere(
+    release: Path, base: Path, kinds: str, steps: str, *, writer: str = "beside", at_least: int = 8
+) -> list[str]:
+    """Return what is wrong after ingests that ended at every step, and a second ingest each."""
+    cert.ingest(release, base / "undisturbed", threads=1)
+    expected = contents(base / "undisturbed")
+    done = subprocess.run(
+        [sys.executable, "-c", CRASHES, release, base, writer, kinds, steps], check=True,
+        capture_output=True, text=True,
+    )
+    fates, faults = json.loads(done.stdout), []
+    assert set(fates.values()) == {9}, "every step is met, and the child ends there"
+    assert len(fates) >= at_least, fates
+    for name in fates:
+        store = base / name / "store"
+        try:
+            if store.exists():
+                cert.Store(store)
+            cert.ingest(release, store, threads=1)
+        except UserError as error:
+            faults.append(f"{name}: {error}")
+            continue
+        if contents(store) != expected:
+            faults.append(f"{name}: another store")
+        if (left := sorted(path.name for path in store.parent.iterdir())) != ["store"]:
+            faults.append(f"{name}: left {left}")
+    return faults
+
+
+@pytest.fixture
+def small_release(tmp_path) -> Path:
+    release = write_folder(tmp_path / "release", rows=ROWS, logs=("logon",))
+    shutil.rmtree(release / "answers")
+    return release
+
+
+def test_an_ingest_that_dies_at_a_rename_is_made_good_by_a_second_one(small_release, tmp_path):
+    # the manifest written and moved into place, the old store put aside, the new one moved in
+    assert crash_everywhere(small_release, tmp_path / "stores", "over", "renames") == []
+
+
+@pytest.mark.slow
+def test_an_ingest_that_dies_at_any_step_is_made_good_by_a_second_one(folder, tmp_path):
+    base = tmp_path / "stores"
+    assert crash_everywhere(folder, base, "fresh over", "all", at_least=50) == []
+
+
+def test_an_ingest_into_its_target_would_not_be(small_release, tmp_path):
+    """The twin: a writer without a folder beside its target."""
+    base = tmp_path / "stores"
+    assert crash_everywhere(
+        small_release, base, "fresh", "renames", writer="in place", at_least=4) != []
+
+
+def test_a_sweep_leaves_the_folder_of_an_ingest_at_work(folder, tmp_path):
+    store = tmp_path / "store"
+    cert.ingest(folder, store)
+    with cert._only_writer(store):
+        (tmp_path / ".store.ingest-new").mkdir()
+        cert.ingest(folder, store)
+        assert (tmp_path / ".store.ingest-new").exists()
+    (tmp_path / ".store.lock").touch()
+    cert.ingest(folder, store)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["release", "store"]
 
 
 @pytest.mark.slow

@@ -7,7 +7,8 @@ tables, `quarantine.csv` with every refused row, and `manifest.json`, written la
 it.
 Refuses: other releases (recognised by header and named), wrong or missing headers, empty logs, and
 a log of which more than a stated share of rows is bad. Page and message texts (`content`) are never
-stored.
+stored, nor whole URLs: of a page, its host, the topic its URL names (decoded) and a category are
+kept. The category is the page's only flag; r4.2 has no column that tells an upload from a visit.
 
 How it stays exact and small. Bytes are cut into lines and fields here, with NumPy, because r4.2 has
 no quotes and no embedded commas: a line with a quote, a control character, bytes that are not UTF-8
@@ -47,6 +48,18 @@ from ueba_helpers.errors import UserError
 LOGS = ("logon", "device", "file", "email", "http")
 ORGANISATION_DOMAIN = "dtaa.com"
 DATE_FORMAT = "%m/%d/%Y %H:%M:%S"
+
+# What the real r4.2 holds. The two views of a positive day: the account, the insider.
+R4_2_FACTS = {
+    "rows": {
+        "logon": 854_859, "device": 405_380, "file": 445_581, "email": 2_629_979,
+        "http": 28_434_423,
+    },
+    "insiders": {"1": 30, "2": 30, "3": 10},
+    "positive_days": {"account": 986, "insider": 966},
+}
+# The releases that the one insiders.csv of all of them names.
+DATASETS = ("1", "2", "3.1", "3.2", "4.1", "4.2", "5.1", "5.2", "6.1", "6.2")
 
 # Scenario 1 uploads to a leak site.
 LEAK_DOMAINS = ("wikileaks.org",)
@@ -117,8 +130,8 @@ NEWS_DOMAINS = (
     "wsj.com",
 )
 WEB_CATEGORIES = ("job", "leak", "hack", "cloud", "social", "news", "other")
-# Words (decoded) that open the last part of a URL; r4.2 writes them in ROT13.
-SLUG_CATEGORIES = {"jobhunting": "job", "news": "news"}
+# What a page's topic begins with, and the category that gives it: the topics known to decide one.
+TOPIC_CATEGORIES = {"jobhunting": "job", "news": "news"}
 
 _DOMAIN_CATEGORY = {
     **dict.fromkeys(LEAK_DOMAINS, "leak"),
@@ -130,10 +143,11 @@ _DOMAIN_CATEGORY = {
 }
 
 STORE_KIND = "cert-event-store"
-STORE_VERSION = 1
+STORE_VERSION = 2
 BLOCK_BYTES = 8 << 20
 MAX_LINE_BYTES = 1 << 20
 QUARANTINE_TEXT = 500
+MAX_DIFFERING = 100
 
 Progress = Callable[[str], None]
 
@@ -169,11 +183,24 @@ def domain_category(domain: str) -> str | None:
     return None
 
 
+def web_topic(url: str) -> str:
+    """Return the topic words of a URL, decoded, in lower case; "" where it names none.
+
+    r4.2 writes http://domain/Topic/keyword/<slug><number>.<ending>; the slug is ROT13.
+
+    >>> web_topic("http://boeing.com/Some_Topic/word/WboUhagvat1904.htm"), web_topic("http://a.com")
+    ('jobhunting', '')
+    """
+    parts = url.split("/")
+    slug = re.match(_SLUG, parts[-1])[0] if len(parts) > 3 else ""
+    return slug.translate(str.maketrans(_LETTERS, _DECODED))
+
+
 def web_category(url: str) -> str:
     """Return the topic category of a URL, one of `WEB_CATEGORIES`.
 
-    A leak or keylogger host decides first, then a job slug (some part of the path begins with the
-    ROT13 form of `JobHunting`), then the host tables, then a news slug.
+    A leak or keylogger host decides first, then a topic of job hunting, then the host tables, then
+    a news topic.
 
     >>> web_category("http://boeing.com/WboUhagvat1904.htm")
     'job'
@@ -185,26 +212,33 @@ def web_category(url: str) -> str:
     host = domain_category(web_domain(url))
     if host in ("leak", "hack"):
         return host
-    topic = _slug_category(url)
-    if topic == "job":
+    topic = web_topic(url)
+    named = next((c for word, c in TOPIC_CATEGORIES.items() if topic.startswith(word)), None)
+    if named == "job":
         return "job"
-    return host or topic or "other"
+    return host or named or "other"
 
 
-def _slug_category(url: str) -> str | None:
-    lower = url.lower()
-    for word, category in SLUG_CATEGORIES.items():
-        if "/" + codecs.encode(word, "rot13") in lower:
-            return category
-    return None
-
-
-def _slug_category_sql(lower_url: str) -> str:
-    cases = " ".join(
-        f"WHEN contains({lower_url}, '/{codecs.encode(word, 'rot13')}') THEN '{category}'"
-        for word, category in SLUG_CATEGORIES.items()
-    )
-    return f"CASE {cases} END"
+_SLUG = "[^0-9.?#]*"
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+_DECODED = codecs.encode(_LETTERS, "rot13").lower()
+_SLUG_SQL = (
+    # "https://" has eight signs, and a host has at least one
+    f"CASE WHEN contains(substr(url, 9), '/') THEN regexp_extract(split_part(url, '/', -1),"
+    f" '^{_SLUG}') ELSE '' END"
+)
+_HOST_SQL = "CASE WHEN contains(domain, 'keylog') THEN 'hack' {} END".format(" ".join(
+    f"WHEN domain = '{domain}' OR ends_with(domain, '.{domain}') THEN '{category}'"
+    for domain, category in _DOMAIN_CATEGORY.items()
+))
+_NAMED_SQL = "CASE {} END".format(" ".join(
+    f"WHEN starts_with(topic, '{word}') THEN '{category}'"
+    for word, category in TOPIC_CATEGORIES.items()
+))
+_CATEGORY_SQL = (
+    "CASE WHEN host IN ('leak', 'hack') THEN host WHEN named = 'job' THEN 'job'"
+    " ELSE coalesce(host, named, 'other') END"
+)
 
 
 # --- the files of a release -----------------------------------------------------------------------
@@ -328,7 +362,7 @@ _TABLES = {
         stored=(
             *_EVENT_STORED,
             ("domain", "regexp_replace(split_part(lower(url), '/', 3), '^www\\.', '')"),
-            ("category", _slug_category_sql("lower(url)")),
+            ("slug", _SLUG_SQL),
         ),
     ),
 }
@@ -446,8 +480,7 @@ class _Release:
         return [_Source(p, f"answers/{p.relative_to(self.answers)}", "answers") for p in wanted]
 
 
-def _find(release: Path | str) -> _Release:
-    folder = Path(release)
+def _find(folder: Path) -> _Release:
     if not folder.exists():
         raise UserError(
             f"{folder}: no such folder. Give the folder that holds logon.csv, http.csv, LDAP/ ..."
@@ -843,7 +876,9 @@ def recognise(release: Path | str) -> str:
     the file and the expected header for anything else. r4.1 has the same headers; it is told from
     r4.2 by the folder's name only.
     """
-    return _recognise(_find(release))
+    release = Path(release)
+    with _mendable(release, ""):
+        return _recognise(_find(release))
 
 
 def _recognise(found: _Release) -> str:
@@ -936,6 +971,7 @@ class _Ingest:
         self.work.mkdir()
         self.warnings = list(found.warnings)
         self.sources: dict[str, dict] = {}
+        self.left_out: list[str] = []
         self.connection.execute("SET preserve_insertion_order = false")
         # Each thread holds this many rows back for each part; the default fills the memory.
         self.connection.execute("SET partitioned_write_flush_threshold = 20000")
@@ -1038,10 +1074,11 @@ class _Ingest:
             )
         bad += self.duplicates(source, table, stage, scan.rows, bad)
         self.check_share(source, scan.rows, bad)
-        columns = ", ".join(f'"{column}"' for column, _ in table.stored)
+        columns, joined = ", ".join(f'"{column}"' for column, _ in table.stored), ""
         if name == "http":
-            self.domain_table(stage)
-            columns = columns.replace('"category"', f"{_CATEGORY_SQL} AS category")
+            self.web_tables(stage)
+            columns = columns.replace('"slug"', f"topic, {_CATEGORY_SQL} AS category")
+            joined = "LEFT JOIN hosts USING (domain) LEFT JOIN topics USING (slug)"
         stored = 0
         for part in sorted(stage.glob("bucket=*")):
             number = int(part.name.removeprefix("bucket="))
@@ -1049,7 +1086,6 @@ class _Ingest:
                 continue
             target = self.folder / "events" / name / f"bucket={number:02d}"
             target.mkdir(parents=True)
-            joined = "LEFT JOIN domains USING (domain)" if name == "http" else ""
             stored += self.connection.execute(
                 f"COPY (SELECT {columns} FROM {_parquet(part)} {joined} WHERE line NOT IN"
                 " (SELECT line FROM duplicates) ORDER BY user, date, line)"
@@ -1070,19 +1106,26 @@ class _Ingest:
         ).fetchall()[0]
         return {"users": users, "first": _iso(first), "last": _iso(last)}
 
-    def domain_table(self, stage: Path) -> None:
-        """Make the table `domains` (domain, host_category) of the hosts seen in this log."""
-        self.connection.execute("CREATE OR REPLACE TABLE domains (domain VARCHAR, host VARCHAR)")
+    def web_tables(self, stage: Path) -> None:
+        """Make the tables `hosts` (domain, host) and `topics` (slug, topic, named) of this log.
+
+        Decoding is slow by DuckDB's measure, so it is done once for each slug, not for each row.
+        """
+        self.connection.execute(
+            "CREATE OR REPLACE TABLE hosts (domain VARCHAR, host VARCHAR);"
+            "CREATE OR REPLACE TABLE topics (slug VARCHAR, topic VARCHAR, named VARCHAR)"
+        )
         if not any(stage.glob("bucket=[0-9]*/*.parquet")):
             return
-        tables = "CASE WHEN contains(domain, 'keylog') THEN 'hack' " + " ".join(
-            f"WHEN domain = {_quote(d)} OR ends_with(domain, {_quote('.' + d)})"
-            f" THEN {_quote(category)}"
-            for d, category in _DOMAIN_CATEGORY.items()
+        pages = _parquet(stage / "bucket=[0-9]*")
+        self.connection.execute(
+            f"INSERT INTO hosts SELECT domain, {_HOST_SQL} FROM (SELECT DISTINCT domain"
+            f" FROM {pages})"
         )
         self.connection.execute(
-            f"INSERT INTO domains SELECT domain, {tables} END FROM"
-            f" (SELECT DISTINCT domain FROM {_parquet(stage / 'bucket=[0-9]*')})"
+            f"INSERT INTO topics SELECT slug, topic, {_NAMED_SQL} FROM (SELECT slug,"
+            f" translate(slug, '{_LETTERS}', '{_DECODED}') AS topic FROM (SELECT DISTINCT slug"
+            f" FROM {pages}))"
         )
 
     def duplicates(self, source: _Source, table: _Table, stage: Path, read: int, bad: int) -> int:
@@ -1184,43 +1227,59 @@ class _Ingest:
         insiders, insider_counts = self.read_insiders()
         labels: list[tuple] = []
         counts = {"read": 0, "stored": 0, "quarantined": 0}
-        files = {source.path.name.removesuffix(".gz"): source for source in
-                 reversed(self.found.answer_files())}
+        files: dict[str, _Source] = {}
+        for source in self.found.answer_files():
+            used = files.setdefault(source.path.name.removesuffix(".gz"), source)
+            if used is not source:
+                self.leave_out(source, f"was left out: {used.label} is used")
         for insider, scenario, details in insiders:
-            source = files.get(details)
+            source = files.pop(details, None)
             if source is None:
                 self.warnings.append(
                     f"answers: {details} of insider {insider} is missing; its days stay unlabelled"
                 )
                 continue
-            good, bad = self.read_answers(source, insider, scenario)
+            good, read = self.read_answers(source, insider, scenario)
             labels += good
-            counts["read"] += len(good) + bad
+            counts["read"] += read
             counts["stored"] += len(good)
-            counts["quarantined"] += bad
+            counts["quarantined"] += read - len(good)
+        for source in files.values():
+            self.leave_out(source, "was left out: no good row of dataset 4.2 in insiders.csv names"
+                           " it, so its days stay unlabelled")
         names = ("insider", "scenario", "log", "id", "date", "user", "pc")
         types = (pa.string(), pa.int64(), pa.string(), pa.string(), pa.timestamp("us"),
                  pa.string(), pa.string())
         pq.write_table(_rows_table(labels, names, types), self.folder / "answers.parquet")
         return insider_counts, counts
 
+    def leave_out(self, source: _Source, why: str) -> None:
+        """Note an answer file that is there and is not read."""
+        self.left_out.append(source.label)
+        self.warnings.append(f"{source.label} {why}")
+
     def read_insiders(self) -> tuple[list[tuple], dict]:
+        """Return (user, scenario, details) of r4.2's insiders, and the counts of the file's rows.
+
+        read = stored + quarantined + other_releases: a row belongs to another release only where
+        it names a known one.
+        """
         source, rows, known = self.found.insiders, [], []
         counts = {"read": 0, "stored": 0, "quarantined": 0, "other_releases": 0}
         header = ["dataset", "scenario", "details", "user", "start", "end"]
         if source is not None:
-            lines = self.small_lines(source)
+            lines, n_lines = self.small_lines(source)
             if not lines or _cells(lines[0]) != header:
                 raise UserError(
                     f"{source.path}, line 1: wrong header; r4.2 has {','.join(header)!r}."
                 )
+            counts["read"] = n_lines - 1
             for number, line in enumerate(lines[1:], start=2):
                 cells = _cells(line)
                 # The dataset decides first: rows of other releases have dates of other forms.
-                if len(cells) == 6 and cells[0] not in ("4.2", "r4.2"):
+                if _is_other_release(cells):
                     counts["other_releases"] += 1
                     continue
-                counts["read"] += 1
                 problem = _insider_problem(cells, {row[0] for row in rows})
                 if problem:
                     self.refuse(source, number, problem, line)
@@ -1229,8 +1288,10 @@ class _Ingest:
                 rows.append((cells[3], int(cells[1]), _date(cells[4]), _date(cells[5])))
                 known.append((cells[3], int(cells[1]), cells[2]))
             counts["stored"] = len(rows)
+            _assert_accounted(source, counts["read"], len(rows) + counts["other_releases"],
+                              counts["quarantined"])
             if counts["quarantined"]:
-                self.check_share(source, counts["read"], counts["quarantined"])
+                self.check_share(source, len(rows) + counts["quarantined"], counts["quarantined"])
             if not rows:
                 self.warnings.append("answers/insiders.csv names no insider of dataset 4.2")
         types = (pa.string(), pa.int64(), pa.timestamp("us"), pa.timestamp("us"))
@@ -1239,8 +1300,10 @@ class _Ingest:
         return sorted(known), counts
 
     def read_answers(self, source: _Source, insider: str, scenario: int) -> tuple[list, int]:
+        """Return the good rows of one answer file, and how many rows it has."""
         good, bad, seen = [], 0, set()
-        for number, line in enumerate(self.small_lines(source), start=1):
+        lines, read = self.small_lines(source)
+        for number, line in enumerate(lines, start=1):
             cells = [cell.strip() for cell in line.split(",", 5)]
             problem = _answer_problem(cells)
             if problem is None and tuple(cells[:2]) in seen:
@@ -1252,10 +1315,12 @@ class _Ingest:
                 log, identity, date, user, pc = cells[:5]
                 good.append((insider, scenario, log, identity, _date(date), user, pc))
                 seen.add((log, identity))
-        self.check_share(source, len(good) + bad, bad)
-        return good, bad
+        _assert_accounted(source, read, len(good), bad)
+        self.check_share(source, read, bad)
+        return good, read
 
-    def small_lines(self, source: _Source) -> list[str]:
+    def small_lines(self, source: _Source) -> tuple[list[str], int]:
+        """Return the lines of a file, and their number counted from its bytes."""
         before = source.path.stat()
         reader = _Reader(source)
         try:
@@ -1263,9 +1328,11 @@ class _Ingest:
             self.used(source, before, reader.sha256())
         finally:
             reader.close()
+        count = data.count(b"\n") + (not data.endswith(b"\n") and data != b"")
         text = data.removeprefix(codecs.BOM_UTF8).decode("utf-8", "backslashreplace")
         lines = text.split("\n")
-        return [line.removesuffix("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]
+        lines = [line.removesuffix("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]
+        return lines, count
 
     def refuse(self, source: _Source, line: int, reason: str, text: str) -> None:
         self.connection.execute(
@@ -1309,11 +1376,10 @@ class _Ingest:
             ).fetchall()[0]
         if without:
             self.warnings.append(f"{without} users of the logs are in no LDAP month")
-        unmatched = self.unmatched(logs, answers)
-        if sum(unmatched.values()):
-            self.warnings.append(
-                f"{sum(unmatched.values())} rows of the answer key are in no log: {unmatched}"
-            )
+        unmatched, differing = self.unmatched(logs, answers)
+        insiders = {str(scenario): count for scenario, count in scenarios}
+        days = {"account": account, "insider": insider}
+        real = self.compare_with_real(logs, insiders, days)
         quarantined = self.count("quarantine")
         if quarantined:
             self.warnings.append(f"{quarantined:,} bad rows were left out, see quarantine.csv")
@@ -1338,39 +1404,99 @@ class _Ingest:
             "rows": {
                 key: sum(part[key] for part in (*logs.values(), *tables.values()))
                 for key in ("read", "stored", "quarantined")
-            },
+            } | {"other_releases": tables["insiders"]["other_releases"]},
             "quarantine_reasons": reasons,
             "users": users,
             "users_without_ldap": without,
             "first": min(firsts, default=None),
             "last": max(lasts, default=None),
-            "insiders": {str(scenario): count for scenario, count in scenarios},
-            "positive_days": {"account": account, "insider": insider},
+            "real_release": real,
+            "insiders": insiders,
+            "positive_days": days,
             "answers_unmatched": unmatched,
+            "answers_differing": differing,
+            "answer_files_left_out": self.left_out,
             "files": files,
             "warnings": self.warnings,
         }
 
-    def unmatched(self, logs: dict, answers: str) -> dict[str, int]:
-        """Count the rows of the answer key whose event is not in the store, by log."""
-        missing = {}
-        for name in LOGS:
-            wanted = f"SELECT * FROM {answers} WHERE log = '{name}'"
-            if logs.get(name, {}).get("stored"):
-                events = _parquet(self.folder / "events" / name / "*")
-                wanted += (
-                    f" AND id NOT IN (SELECT id FROM {events} WHERE user IN"
-                    f" (SELECT user FROM {answers} WHERE log = '{name}'))"
+    def unmatched(self, logs: dict, answers: str) -> tuple[dict[str, int], list[dict]]:
+        """Compare the key's rows with the stored events in id, date, user and pc; warn.
+
+        Returns how many have no equal event, by log; and of those whose id is there with another
+        date, user or pc, the first `MAX_DIFFERING`, as {log, insider, id, key, event}.
+        """
+        execute = self.connection.execute
+        execute(f"CREATE OR REPLACE TEMP TABLE key AS SELECT * FROM {answers}")
+        missing = dict(execute("SELECT log, count(*) FROM key GROUP BY log").fetchall())
+        missing = {name: missing[name] for name in LOGS if name in missing}
+        absent, differing = dict(missing), []
+        equal = " AND ".join(f"e.{column} = k.{column}" for column in _EVENT_HEADER)
+        for name in missing:
+            if not logs.get(name, {}).get("stored"):
+                continue
+            # The events of the key's ids first: joined the other way round, all would be held.
+            execute(
+                "CREATE OR REPLACE TEMP TABLE known AS SELECT id, date, user, pc FROM"
+                f" {_parquet(self.folder / 'events' / name / '*')}"
+                f" WHERE id IN (SELECT id FROM key WHERE log = '{name}')"
+            )
+            execute(
+                f"CREATE OR REPLACE TEMP TABLE lost AS SELECT * FROM key AS k WHERE log = '{name}'"
+                f" AND NOT EXISTS (SELECT 1 FROM known AS e WHERE {equal})"
+            )
+            rows = execute(
+                "SELECT k.insider, k.id, concat_ws(' ', k.date, k.user, k.pc),"
+                " concat_ws(' ', e.date, e.user, e.pc)"
+                " FROM lost AS k JOIN known AS e USING (id) ORDER BY k.insider, k.date, k.id"
+            ).fetchall()
+            missing[name] = self.count("lost")
+            absent[name] = missing[name] - len(rows)
+            differing += [
+                {"log": name, "insider": insider, "id": identity, "key": key, "event": event}
+                for insider, identity, key, event in rows[: MAX_DIFFERING - len(differing)]
+            ]
+        absent = {name: count for name, count in absent.items() if count}
+        if absent:
+            self.warnings.append(
+                f"{sum(absent.values())} rows of the answer key are in no log: {absent}"
+            )
+        if differing:
+            first, n_rows = differing[0], sum(missing.values()) - sum(absent.values())
+            self.warnings.append(
+                f"{n_rows} rows of the answer key differ from the event of that id in date,"
+                f" user or pc, for instance {first['log']} {first['id']}: {first['key']} in the"
+                f" key, {first['event']} in the log"
+            )
+        return {name: count for name, count in missing.items() if count}, differing
+
+    def compare_with_real(self, logs: dict, insiders: dict, days: dict) -> bool:
+        """Say whether this is the real r4.2 (a log of its number of rows) and check its labels.
+
+        Raises `UserError` where the real release's key does not give its insiders and days.
+        """
+        facts = R4_2_FACTS
+        same = [name for name, part in logs.items() if part["read"] == facts["rows"][name]]
+        for name in logs if same else ():
+            if name not in same:
+                self.warnings.append(
+                    f"{self.found.logs[name].label}: {logs[name]['read']:,} rows, but"
+                    f" {facts['rows'][name]:,} in the real release, which"
+                    f" {', '.join(same)} agree with; is it whole?"
                 )
-            missing[name] = self.count(f"({wanted})")
-        return {name: count for name, count in missing.items() if count}
+        if same and self.found.insiders is not None:
+            for what, got in (("insiders", insiders), ("positive_days", days)):
+                if got != facts[what]:
+                    raise UserError(
+                        f"{self.found.answers}: {what} are {got}, expected {facts[what]}: the rows"
+                        f" of {', '.join(same)} are those of the real r4.2, the answer key is not."
+                        " Copy the answers again. (Warnings so far: "
+                        f"{'; '.join(self.warnings) or 'none'}.)"
+                    )
+        return bool(same)
 
 
 _TEXT = pa.schema([("line", pa.int64()), ("text", pa.string())])
-_CATEGORY_SQL = (
-    "CASE WHEN domains.host IN ('leak', 'hack') THEN domains.host WHEN category = 'job' THEN 'job'"
-    " ELSE coalesce(domains.host, category, 'other') END"
-)
 
 
 def _texts_of(source: _Source, lines: np.ndarray) -> Iterator[pa.RecordBatch]:
@@ -1434,9 +1560,22 @@ def _date(text: str) -> datetime | None:
         return None
 
 
+def _is_other_release(cells: list[str]) -> bool:
+    """Say whether a row of insiders.csv is of another known release and names no file of r4.2."""
+    others = set(DATASETS) - {"4.2"}
+    return (
+        len(cells) == 6 and cells[0].removeprefix("r") in others
+        and not cells[2].startswith("r4.2-")
+    )
+
+
 def _insider_problem(cells: list[str], users: set[str]) -> str | None:
     if len(cells) != 6:
         return f"expected 6 columns, found {len(cells)}"
+    if cells[0].removeprefix("r") not in DATASETS:
+        return f"dataset is none of {', '.join(DATASETS)}"
+    if cells[0].removeprefix("r") != "4.2":
+        return "dataset is another release, but details names a file of r4.2"
     if cells[1] not in ("1", "2", "3"):
         return "scenario is not 1, 2 or 3"
     if not re.fullmatch(_USER, cells[3]):
@@ -1517,36 +1656,54 @@ def ingest(
         raise UserError(f"max_quarantine_share must be within 0 and 1, got {max_quarantine_share}.")
     if buckets is not None and not 1 <= buckets <= 100:
         raise UserError(f"buckets must be within 1 and 100, got {buckets}.")
-    found = _find(release)
-    name = _recognise(found)
-    _check_target(release, store)
-    size = sum(source.path.stat().st_size for source in found.tables())
-    options = {
-        "max_quarantine_share": max_quarantine_share,
-        "allow_empty": allow_empty,
-        "buckets": buckets or (16 if size > 64 << 20 else 4),
-    }
-    ready = _reusable(found, store, options)
-    if ready is not None:
-        if progress:
-            progress(f"{store}: complete and unchanged, used as it is")
-        return ready
-    try:
+    with _mendable(store, memory_limit):
+        found = _find(release)
+        name = _recognise(found)
+        _check_target(release, store)
+        size = sum(source.path.stat().st_size for source in found.tables())
+        options = {
+            "max_quarantine_share": max_quarantine_share,
+            "allow_empty": allow_empty,
+            "buckets": buckets or (16 if size > 64 << 20 else 4),
+        }
+        ready = _reusable(found, store, options)
+        if ready is not None:
+            _sweep(store)
+            if progress:
+                progress(f"{store}: complete and unchanged, used as it is")
+            return ready
         with _only_writer(store), _replacing(store) as folder:
             connection = _connect(memory_limit, threads, folder / ".work" / "spill")
             with contextlib.closing(connection):
                 work = _Ingest(found, folder, connection, options, progress)
                 manifest = _fill(work, name)
             write_json(folder / "manifest.json", manifest)
+        return manifest
+
+
+@contextlib.contextmanager
+def _mendable(path: Path, memory_limit: str) -> Iterator[None]:
+    """Turn what the system and DuckDB refuse into one `UserError`; `path` is where, if unknown."""
+    try:
+        yield
     except duckdb.OutOfMemoryException as error:
         raise UserError(
             f"memory_limit {memory_limit} is too small for this release; raise it. ({error})"
         ) from error
+    except duckdb.InterruptException as error:
+        raise KeyboardInterrupt from error
     except duckdb.IOException as error:
-        raise UserError(f"{store}: cannot be written: {error}") from error
+        raise UserError(f"{path}: cannot be read or written: {error}") from error
+    except duckdb.Error as error:
+        raise UserError(f"{path}: DuckDB cannot go on: {error}") from error
+    except BrokenPipeError:  # whoever read the progress has gone
+        raise
+    except PermissionError as error:
+        raise UserError(
+            f"{error.filename or path}: permission denied. Change its permissions, or copy it."
+        ) from error
     except OSError as error:
-        raise UserError(f"{error.filename or store}: {error.strerror or error}.") from error
-    return manifest
+        raise UserError(f"{error.filename or path}: {error.strerror or error}.") from error
 
 
 def _fill(work: _Ingest, name: str) -> dict:
@@ -1565,19 +1722,45 @@ def _check_target(release: Path, store: Path) -> None:
         raise UserError(f"{store}: is a file; name a folder for the store.")
     if any(store.iterdir()) and _read_manifest(store) is None:
         raise UserError(
-            f"{store}: is not empty and not an event store, so it is not overwritten. Name another"
-            " folder, or remove it yourself."
+            f"{store}: is not empty and not an event store, so it is not overwritten (an event"
+            " store has a whole manifest.json). Name another folder, or remove it yourself."
         )
 
 
+_MANIFEST_TYPES = {
+    "release": str, "options": dict, "buckets": int, "sources": dict, "logs": dict, "tables": dict,
+    "rows": dict, "files": dict, "insiders": dict, "positive_days": dict,
+    "answer_files_left_out": list, "warnings": list,
+}
+
+
 def _read_manifest(store: Path) -> dict | None:
+    """Return the manifest of a store of any version, or None: absent, damaged, or another thing."""
     try:
         manifest = json.loads((store / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(manifest, dict) or manifest.get("kind") != STORE_KIND:
         return None
+    if manifest.get("version") == STORE_VERSION and not _well_formed(manifest):
+        return None
     return manifest
+
+
+def _well_formed(manifest: dict) -> bool:
+    """Say whether all that is read from a manifest is there and of its type."""
+    if not all(isinstance(manifest.get(key), kind) for key, kind in _MANIFEST_TYPES.items()):
+        return False
+    parts = [*manifest["logs"].values(), *manifest["tables"].values(), manifest["rows"]]
+    counts = ("read", "stored", "quarantined")
+    return (
+        manifest["buckets"] > 0
+        and all(isinstance(size, int) for size in manifest["files"].values())
+        and all(isinstance(known, dict) and {"bytes", "mtime_ns", "sha256"} <= set(known)
+                for known in manifest["sources"].values())
+        and all(isinstance(part, dict) and all(isinstance(part.get(key), int) for key in counts)
+                for part in parts)
+    )
 
 
 def _whole(store: Path, manifest: dict) -> bool:
@@ -1599,12 +1782,8 @@ def _reusable(found: _Release, store: Path, options: dict) -> dict | None:
         sources += [found.insiders, *found.answer_files()]
     seen = {source.label: source.path for source in sources}
     used = manifest["sources"]
-    if not set(used) <= set(seen):
+    if set(seen) != {*used, *manifest["answer_files_left_out"]}:
         return None
-    for label in set(seen) - set(used):
-        # An answer file that the key does not name was never read; anything else is new.
-        if not label.startswith("answers/r4.2"):
-            return None
     for label, known in used.items():
         status = seen[label].stat()
         if status.st_size != known["bytes"]:
@@ -1619,7 +1798,7 @@ def _reusable(found: _Release, store: Path, options: dict) -> dict | None:
 def _only_writer(store: Path) -> Iterator[None]:
     """Hold the right to write `store`; the system releases it even if this process is killed."""
     store.parent.mkdir(parents=True, exist_ok=True)
-    path = store.parent / f".{store.name}.lock"
+    path = _lock_of(store)
     while True:
         handle = open(path, "w")  # noqa: SIM115
         try:
@@ -1638,17 +1817,19 @@ def _only_writer(store: Path) -> Iterator[None]:
         handle.close()
 
 
+def _lock_of(store: Path) -> Path:
+    return store.parent / f".{store.name}.lock"
+
+
 @contextlib.contextmanager
 def _replacing(store: Path) -> Iterator[Path]:
     """Yield a fresh sibling folder that takes the place of `store` at the end, in one step.
 
     Folders left by attempts that were killed are removed first; the caller is the only writer.
     """
-    prefix = f".{store.name}.ingest-"
-    for left in store.parent.iterdir():
-        if left.name.startswith(prefix):
-            shutil.rmtree(left, ignore_errors=True)
-    folder, old = (store.parent / f"{prefix}{part}" for part in ("new", "old"))
+    folder, old = _attempts(store)
+    for left in (folder, old):
+        shutil.rmtree(left, ignore_errors=True)
     try:
         folder.mkdir()
         yield folder
@@ -1658,6 +1839,20 @@ def _replacing(store: Path) -> Iterator[Path]:
     finally:
         for left in (folder, old):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def _attempts(store: Path) -> tuple[Path, Path]:
+    """Return the folder that is filled and the one an old store is put aside in."""
+    return tuple(store.parent / f".{store.name}.ingest-{part}" for part in ("new", "old"))
+
+
+def _sweep(store: Path) -> None:
+    """Remove what a killed attempt left beside a store, unless another ingest writes it now."""
+    left = [path for path in (*_attempts(store), _lock_of(store)) if path.exists()]
+    if left:
+        with contextlib.suppress(UserError), _only_writer(store):
+            for path in _attempts(store):
+                shutil.rmtree(path, ignore_errors=True)
 
 
 # --- the store ------------------------------------------------------------------------------------
@@ -1677,7 +1872,7 @@ EVENT_COLUMNS = {
         "size": "BIGINT",
         "attachments": "INTEGER",
     },
-    "http": {**_TEXT_COLUMNS, "domain": "VARCHAR", "category": "VARCHAR"},
+    "http": {**_TEXT_COLUMNS, "domain": "VARCHAR", "topic": "VARCHAR", "category": "VARCHAR"},
 }
 SMALL_TABLES = ("ldap", "psychometric", "insiders", "answers")
 
@@ -1732,11 +1927,12 @@ class Store:
         files of that part. A log that the release lacks is an empty view with the right columns.
         """
         connection = _connect(memory_limit, threads, None)
-        for log in LOGS:
-            connection.execute(f"CREATE VIEW {log} AS {self._events(log)}")
-        for name in SMALL_TABLES:
-            file = _quote(self.root / f"{name}.parquet")
-            connection.execute(f"CREATE VIEW {name} AS SELECT * FROM read_parquet({file})")
+        with _mendable(self.root, memory_limit):
+            for log in LOGS:
+                connection.execute(f"CREATE VIEW {log} AS {self._events(log)}")
+            for name in SMALL_TABLES:
+                file = _quote(self.root / f"{name}.parquet")
+                connection.execute(f"CREATE VIEW {name} AS SELECT * FROM read_parquet({file})")
         return connection
 
     def _events(self, log: str) -> str:
