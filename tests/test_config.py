@@ -46,6 +46,8 @@ def test_an_unknown_profile_is_refused_with_the_legal_names():
     (SimulateSettings, {"web_rate": 0.0}, "web_rate"),
     (SimulateSettings, {"hardness": 1.1}, "hardness"),
     (SimulateSettings, {"insiders": (1, 2)}, "insiders"),
+    (SimulateSettings, {"insiders": (0, 0, 0)}, "insiders"),
+    (SimulateSettings, {"label_noise": 0.95}, "label_noise"),
     (config.WindowSettings, {"min_history": 31}, "min_history"),
     (config.WindowSettings, {"deviation_share": 0.0}, "deviation_share"),
     (EvaluationSettings, {"bootstrap": 0}, "bootstrap"),

@@ -234,6 +234,14 @@ def test_a_selection_takes_along_what_it_needs(asked, selected, forced):
     assert names == forced
 
 
+def test_a_study_in_an_impossible_place_is_refused_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    for dry_run in (False, True):
+        with pytest.raises(UserError, match=r"file is no folder.* --runs"):
+            pipeline.run_stages([], study=tmp_path / "file" / "study", dry_run=dry_run)
+    pipeline._check_place(tmp_path / "new" / "study")
+
+
 @pytest.mark.parametrize("asked", [{"only": ["04"]}, {"start": "0"}, {"only": [""]},
                                    {"only": ["01"], "start": "02"}])
 def test_an_unknown_or_ambiguous_name_is_refused(asked):

@@ -40,15 +40,16 @@ class SimulateSettings:
     label_noise: float = 0.0
 
     def __post_init__(self):
-        require(len(self.insiders) == 3 and min(self.insiders) >= 0, "insiders", self.insiders,
-                "three counts of 0 and more (scenarios 1, 2, 3)")
+        require(len(self.insiders) == 3 and min(self.insiders) >= 0 and sum(self.insiders) >= 1,
+                "insiders", self.insiders,
+                "three counts of 0 and more (scenarios 1, 2, 3), at least one insider in all")
         require(self.users >= 20 and self.users >= 3 * sum(self.insiders), "users", self.users,
                 f"20 and more, and at least three times the insiders ({3 * sum(self.insiders)})")
         require(self.days >= 60, "days", self.days,
                 "60 and more (40 days of history come before the first label)")
         require(self.web_rate > 0, "web_rate", self.web_rate, "above 0")
         require(0 <= self.hardness <= 1, "hardness", self.hardness, "0 to 1")
-        require(0 <= self.label_noise <= 1, "label_noise", self.label_noise, "0 to 1")
+        require(0 <= self.label_noise <= 0.9, "label_noise", self.label_noise, "0 to 0.9")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +189,7 @@ _PROFILES = (
         minutes={"data": 2.0, "00_start_here": 0.5, "04_sft_and_model_selection": 6.0,
                  "05_ppo_training": 5.0, "06_grpo_training": 4.0, "07_comparison": 2.0,
                  "other": 0.7},
+        least_limit_minutes=30.0,  # a shared machine may be several times slower
     ),
     Profile(
         name="gpu", about="Qwen3 4B with LoRA on one CUDA device, through Unsloth",

@@ -224,7 +224,7 @@ def select(stages: Sequence[Stage], *, only: Sequence[str] = (),
         if late:
             raise ValueError(f"{stage.name} needs {', '.join(late)}, not among earlier stages")
     asked = {resolve(name, names) for name in only} if only else set(names)
-    if start:
+    if start is not None:
         asked &= set(names[names.index(resolve(start, names)):])
     if not asked:
         raise UserError("--only and --from together leave nothing to run. Give one of them.")
@@ -319,6 +319,7 @@ def run_stages(stages: Sequence[Stage], *, study: Path | str, only: Sequence[str
         if stage.notebook:
             check_parameters(stage.notebook, stage.parameters)
     new = not study.exists()
+    _check_place(study)
     if dry_run:
         return _go(selected, asked, study=study, force=force, keep_going=keep_going, dry_run=True,
                    environment=None, tell=tell, tick=tick)
@@ -329,6 +330,15 @@ def run_stages(stages: Sequence[Stage], *, study: Path | str, only: Sequence[str
     if new and outcomes[0].user_error:
         shutil.rmtree(study)  # bad input leaves nothing half-written behind
     return outcomes
+
+
+def _check_place(study: Path) -> None:
+    """Refuse a place for the study that is no folder or cannot be written to."""
+    place = next(path for path in (study, *study.parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        what = "is no folder" if not place.is_dir() else "cannot be written to"
+        raise UserError(f"{place} {what}, so no study can be kept in {study}. Choose another "
+                        "--runs.")
 
 
 def _go(selected, asked, *, study, force, keep_going, dry_run, environment, tell, tick):
@@ -372,7 +382,7 @@ def _line(label: str, outcome: Outcome) -> str:
         line += f" {clock(outcome.seconds)}"
     if outcome.message:
         line += f": {outcome.message}"
-    if outcome.status == "failed" and outcome.path:
+    if outcome.status == "failed" and outcome.path and not outcome.user_error:
         line += f"\n      open {outcome.path}"
     return line
 
