@@ -7,8 +7,10 @@ import pandas as pd
 import pytest
 from sklearn.metrics import average_precision_score, f1_score, precision_recall_fscore_support
 
+from ueba_helpers.data import cert, simulate, splits, windows
 from ueba_helpers.errors import UserError
-from ueba_helpers.study import evaluation
+from ueba_helpers.study import config, evaluation
+from ueba_helpers.task import baselines
 from ueba_helpers.task.verdicts import RISKS
 
 FAST = {"resamples": 50, "seed": 0}
@@ -159,6 +161,61 @@ def test_pr_auc_restores_the_population_from_a_weighted_sample():
     assert got == pytest.approx(full, abs=0.01)
     unweighted = evaluation.average_precision(score[taken], positive[taken])
     assert abs(unweighted - full) > 0.01 or taken.mean() > 0.9
+
+
+@pytest.fixture(scope="module")
+def organisation(tmp_path_factory):
+    """Simulated windows with splits, and the study's own sampling score."""
+    folder = tmp_path_factory.mktemp("organisation")
+    simulate.simulate(folder / "r4.2", users=120, days=70, seed=1, insiders=(10, 10, 6),
+                      web_rate=0.05)
+    cert.ingest(folder / "r4.2", folder / "store", threads=1)
+    table = windows.read(windows.build(folder / "store", folder / "windows", threads=1))
+    table = table.merge(splits.assign(windows.users_table(table), seed=0,
+                                      shares=(("rl", 0.5), ("test", 0.5))), on="user")
+    train_users = sorted(set(table.loc[table["split"] == "train", "user"]))
+    return table, baselines.hardness_score(table, train_users, seed=0)
+
+
+@pytest.mark.parametrize("detector", ["rules", "logistic_regression", "isolation_forest"])
+def test_the_interval_of_a_sampled_pr_auc_holds_the_full_one(organisation, detector):
+    """A tenth of the benign days, eight draws; the twin forgets what the sampled days stand for."""
+    table, hardness = organisation
+    clear = table[~(table["ignore"] | table["precursor"])]
+    train = clear[clear["split"] == "train"]
+    model = baselines.fit_thresholds(baselines.fit(train, detector=detector, seed=0), train)
+    said = baselines.predict(model, table[table["split"] == "test"], split="test")
+    truth = windows.truth_table(table, pd.DataFrame({"window_id": []}))
+
+    def drawn(n_benign, seed):
+        return splits.evaluation_sample(table, hardness, split="test", headline_per_class=5,
+                                        n_benign=n_benign, seed=seed)
+
+    def pr_auc(sample):
+        asked = said[said["window_id"].isin(sample["window_id"])]
+        metrics = evaluation.evaluate(asked, truth, sample, resamples=200, seed=0)
+        return [value(metrics, "pr_auc", column) for column in ("value", "low", "high")]
+
+    everything = drawn(10**6, 0)
+    assert (everything["stratum"] > 0).sum() > 2500
+    full, _, _ = pr_auc(everything)
+    for seed in range(8):
+        sample = drawn(300, seed)
+        _, low, high = pr_auc(sample)
+        assert low <= full <= high
+        unweighted = sample.assign(weight_natural=(sample["weight_natural"] > 0).astype(float))
+        _, low, high = pr_auc(unweighted)
+        assert not low <= full <= high
+
+
+def test_the_alert_budgets_are_one_two_and_five_and_two_stands_for_all():
+    for chosen in config.PROFILES.values():
+        budgets = chosen.evaluation.alert_budgets
+        assert budgets == (1, 2, 5) and sorted(budgets)[len(budgets) // 2] == 2
+    metrics = set(evaluated(random_rows(60))["metric"])
+    for what in ("recall", "precision", "insiders_found", "days_until_found"):
+        assert {f"{what}_at_{budget}" for budget in (1, 2, 5)} <= metrics
+    assert "recall_at_20" not in metrics
 
 
 def test_ranking_metrics_by_hand_at_natural_weights():

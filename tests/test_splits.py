@@ -8,7 +8,6 @@ import zlib
 import numpy as np
 import pandas as pd
 import pytest
-from sklearn.metrics import average_precision_score
 from sklearn.neighbors import KNeighborsClassifier
 
 from ueba_helpers.data import cert, splits, windows
@@ -294,36 +293,6 @@ def test_a_small_split_is_taken_whole_with_weight_one(table):
     sample = sampled(table, n_benign=10**6)
     assert (sample.loc[sample["stratum"] == 1, "weight_natural"] == 1).all()
     assert sample["stratum"].max() == 1
-
-
-def test_the_weighted_average_precision_agrees_with_the_full_one(table):
-    """A detector that is not the sampling score: full data against samples of a quarter."""
-    rng = np.random.default_rng(5)
-    scored = table.assign(score=hardness(table) + rng.gumbel(0, 1.0, len(table)))
-
-    def drawn(seed, n_benign):
-        sample = sampled(table, seed=seed, n_benign=n_benign, base_rate=0.02)
-        joined = scored.merge(sample[sample["weight_natural"] > 0], on="window_id")
-        return joined[["malicious", "score", "weight_natural", "stratum"]].to_numpy(float)
-
-    def precision(rows):
-        return average_precision_score(rows[:, 0], rows[:, 1], sample_weight=rows[:, 2])
-
-    full = precision(drawn(0, 10**6))
-    inside, estimates = 0, []
-    for seed in range(8):
-        rows = drawn(seed, 300)
-        estimates.append(precision(rows))
-        strata = [np.flatnonzero(rows[:, 3] == number) for number in np.unique(rows[:, 3])]
-        again = [precision(rows[np.concatenate([
-            rng.choice(members, len(members)) if rows[members[0], 3] > 1 else members
-            for members in strata])]) for _ in range(40)]
-        low, high = np.quantile(again, [0.025, 0.975])
-        inside += low <= full <= high
-    assert inside >= 6
-    assert abs(np.mean(estimates) - full) < 0.01
-    # The twin forgets the weights: hard days stand for all days and precision is off.
-    assert abs(average_precision_score(rows[:, 0], rows[:, 1]) - full) > 0.04
 
 
 def test_scores_may_come_by_window_id_and_must_be_there_and_finite(table):
