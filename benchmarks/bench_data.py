@@ -352,12 +352,18 @@ def find(rows: list[dict], scale: str, subject: str) -> dict | None:
 
 
 def limits(rows: list[dict]) -> list[dict]:
-    """Return what was asked for at r4.2's size, and what was measured."""
+    """Return what was asked for at r4.2's size, and what was measured.
+
+    The growth power is the slope of log seconds over log rows from the smallest scale on; 1 means
+    linear.
+    """
     full = f"{FULL_SCALE:g}"
     asked = [(SIMULATE, "seconds", "at most", 480, 1), (SIMULATE, "peak_bytes", "at most", 3, GB),
              (PAIR, "seconds", "at most", 360, 1), (PAIR, "peak_bytes", "at most", 4, GB),
              (COUNTS, "times_slower_than_ours", "at least", 3, 1),
-             (DAY_FEATURES, "times_slower_than_ours", "at least", 3, 1)]
+             (DAY_FEATURES, "times_slower_than_ours", "at least", 3, 1),
+             *((subject, "growth_power", "at most", 1.1, 1)
+               for subject in (SIMULATE, INGEST, WINDOWS, PAIR))]
     found = []
     for subject, name, side, limit, unit in asked:
         row = find(rows, full, subject)

@@ -1,5 +1,6 @@
 """The command `ueba`: exit statuses, messages, and the lines a study ends with."""
 
+import io
 import json
 import os
 import subprocess
@@ -146,8 +147,94 @@ def test_simulate_and_ingest_do_what_they_say(tmp_path, capsys):
         path.name for path in release.iterdir()}
     assert cli.main(["ingest", str(release), "--out", str(store), "--json"]) == 0
     manifest = json.loads(capsys.readouterr().out)
-    assert manifest["rows"]["stored"] == manifest["rows"]["read"] > 1000
+    rows = manifest["rows"]
+    assert rows["quarantined"] == 0 and rows["other_releases"] > 0
+    assert rows["read"] == rows["stored"] + rows["other_releases"] > 1000
     assert (store / "manifest.json").exists()
+
+
+def simulated_with(arguments, monkeypatch) -> dict:
+    """Run `ueba simulate` with a simulator that only notes what it is given."""
+    from ueba_helpers.data import simulate
+
+    given = {}
+    monkeypatch.setattr(simulate, "simulate",
+                        lambda folder, **options: given.update(options) or {"rows": {}})
+    assert cli.main(["simulate", "out", *arguments]) == 0
+    return {name: given[name] for name in ("users", "days", "insiders", "hardness")}
+
+
+@pytest.mark.parametrize(("arguments", "sizes"), [
+    ([], (400, 150, (24, 24, 12), 0.3)),
+    (["--users", "100"], (100, 150, (6, 6, 3), 0.3)),
+    (["--r4.2"], (1000, 501, (30, 30, 10), 0.0)),
+    (["--r4.2", "--users", "500", "--hardness", "1"], (500, 501, (15, 15, 5), 1.0)),
+    (["--r4.2", "--days", "90", "--insiders", "0,0,1"], (1000, 90, (0, 0, 1), 0.0)),
+])
+def test_simulate_has_a_preset_of_the_size_and_mix_of_r4_2(arguments, sizes, monkeypatch, capsys):
+    given = simulated_with(arguments, monkeypatch)
+    assert given == dict(zip(("users", "days", "insiders", "hardness"), sizes, strict=True))
+    assert f"{sizes[0]} users, {sizes[1]} days, {sum(sizes[2])} insiders" in capsys.readouterr().out
+
+
+def test_the_help_of_simulate_gives_ranges_that_the_simulator_accepts(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["simulate", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "0 to 0.9" in shown and "incident days of scenarios 1 and 2" in shown
+    folder = tmp_path / "out"
+    for option, value in (("--label-noise", "0.91"), ("--hardness", "1.01")):
+        assert cli.main(["simulate", str(folder), option, value]) == 2
+        assert "must lie between 0.0 and" in capsys.readouterr().err
+
+
+def time_left_is_told(share_told) -> bool:
+    """Whether a simulation of ten days, three seconds each, tells its share and time left."""
+    terminal, seconds = Terminal(), iter(range(0, 100, 3))
+    told = share_told(cli._Progress(terminal), lambda: next(seconds))
+    for day in range(1, 11):
+        told(day, 10)
+    lines = [line.strip() for line in terminal.getvalue().split("\r")[1:]]
+    return (
+        lines[0] == "simulate: 1 of 10 days, 10%, about 0:27 left"
+        and lines[7] == "simulate: 8 of 10 days, 80%, about 0:06 left"
+        and lines[9] == "simulate: 10 of 10 days, 100%, now answers and truth"
+    )
+
+
+def test_simulate_tells_the_share_done_and_the_time_left():
+    assert time_left_is_told(cli._share_told)
+
+
+def test_a_time_left_that_takes_the_past_for_the_future_is_seen():
+    def twin(progress, now):
+        began = now()
+        return lambda done, total: progress.tick(
+            f"simulate: {done} of {total} days, {done / total:.0%}, "
+            f"about 0:{now() - began:02d} left")
+
+    assert not time_left_is_told(twin)
+
+
+def test_simulate_shows_its_progress_on_standard_error(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    release = tmp_path / "r4.2"
+    assert cli.main(["simulate", str(release), "--users", "24", "--days", "40", "--seed", "1",
+                     "--insiders", "1,1,1", "--web-rate", "0.1"]) == 0
+    shown = sys.stderr.getvalue()
+    assert shown.count("\rsimulate: ") == 40 and "20 of 40 days, 50%, about 0:0" in shown
+    assert shown.endswith("\r") and "simulate:" not in capsys.readouterr().out
+
+
+def test_simulate_sweeps_what_a_killed_one_left(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left = tmp_path / f".r4.2.{ended.pid}.partial"
+    left.mkdir()
+    (left / "http.csv").write_text("id")
+    assert cli.main(["simulate", str(tmp_path / "r4.2"), "--users", "24", "--days", "40",
+                     "--insiders", "1,1,1", "--web-rate", "0.1"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["r4.2"]
 
 
 def test_ingest_of_another_release_is_refused_and_leaves_no_store(release, tmp_path, capsys):
@@ -211,13 +298,12 @@ def test_doctor_finds_a_package_that_is_not_as_pinned(monkeypatch, capsys):
     assert "1 to mend" in shown
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
 def test_progress_rewrites_one_line_on_a_terminal_and_is_quiet_elsewhere():
-    import io
-
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
     terminal, file = Terminal(), io.StringIO()
     for stream in (terminal, file):
         progress = cli._Progress(stream)

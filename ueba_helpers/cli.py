@@ -75,15 +75,23 @@ def _parser() -> argparse.ArgumentParser:
     simulate = _command(commands, "simulate", _simulate, "write a CERT r4.2 folder that never "
                         "existed, with answers")
     simulate.add_argument("folder", type=Path, metavar="DIR")
-    simulate.add_argument("--users", type=int, default=400)
-    simulate.add_argument("--days", type=int, default=150)
+    simulate.add_argument("--r4.2", action="store_true", dest="like_r4_2",
+                          help="the size and mix of r4.2: 1000 users, 501 days, 30, 30 and 10 "
+                               "insiders (3, 3 and 1 %% of users), hardness 0; other options given "
+                               "beside it go first")
+    simulate.add_argument("--users", type=int, help="default: 400")
+    simulate.add_argument("--days", type=int, help="default: 150")
     simulate.add_argument("--seed", type=int, default=0)
-    simulate.add_argument("--insiders", type=_three_counts, default=None, metavar="A,B,C",
-                          help="insiders of scenarios 1, 2, 3 (default: 6, 6 and 3 %% of users)")
-    simulate.add_argument("--hardness", type=float, default=0.3,
-                          help="share of innocent days that look like an incident, 0 to 1")
+    simulate.add_argument("--insiders", type=_three_counts, metavar="A,B,C",
+                          help="insiders of scenarios 1, 2, 3 (default: 6, 6 and 3 %% of users, "
+                               "more than in r4.2, so that a small release has some to learn from)")
+    simulate.add_argument("--hardness", type=float,
+                          help="0: only insiders visit leak and keylogger sites, as in r4.2; up to "
+                               "1: more and closer innocent look-alikes, benign visits to those "
+                               "sites, incidents that leave fewer traces (default: 0.3)")
     simulate.add_argument("--label-noise", type=float, default=0.0,
-                          help="share of incident rows that the answers leave out, 0 to 1")
+                          help="share of the incident days of scenarios 1 and 2 that the answers "
+                               "leave out beyond r4.2's own gaps, 0 to 0.9 (default: 0)")
     simulate.add_argument("--web-rate", type=float, default=1.0, help="volume of http.csv")
     simulate.add_argument("--content", choices=("few", "full"), default="few",
                           help="how many words the content fields hold")
@@ -223,36 +231,66 @@ def _checked_profile(options: argparse.Namespace):
 def _simulate(options: argparse.Namespace) -> int:
     from ueba_helpers.data.simulate import simulate
 
-    insiders = options.insiders or tuple(
-        max(1, options.users * percent // 100) for percent in (6, 6, 3))
-    summary = simulate(options.folder, users=options.users, days=options.days, seed=options.seed,
-                       insiders=insiders, hardness=options.hardness,
-                       label_noise=options.label_noise, web_rate=options.web_rate,
-                       content=options.content)
+    sizes = _sizes(options)
+    progress = _Progress(sys.stderr)
+    try:
+        summary = simulate(options.folder, **sizes, seed=options.seed,
+                           label_noise=options.label_noise, web_rate=options.web_rate,
+                           content=options.content, progress=_share_told(progress))
+    finally:
+        progress.clear()
     if options.json:
         _say(json.dumps(summary, indent=2, sort_keys=True, default=str))
     else:
         rows = summary.get("rows", {})
         total = sum(rows.values()) if isinstance(rows, dict) else rows
-        _say(f"{options.folder}: {total:,} rows, {options.users} users, {options.days} days, "
-             f"{sum(insiders)} insiders")
+        _say(f"{options.folder}: {total:,} rows, {sizes['users']} users, {sizes['days']} days, "
+             f"{sum(sizes['insiders'])} insiders")
     return 0
+
+
+def _sizes(options: argparse.Namespace) -> dict:
+    """Return users, days, insiders and hardness: as given, else r4.2's or those of a small one."""
+    preset = {"users": 1000, "days": 501, "hardness": 0.0} if options.like_r4_2 else {
+        "users": 400, "days": 150, "hardness": 0.3}
+    sizes = {name: value if getattr(options, name) is None else getattr(options, name)
+             for name, value in preset.items()}
+    percents = (3, 3, 1) if options.like_r4_2 else (6, 6, 3)
+    share = tuple(max(1, sizes["users"] * percent // 100) for percent in percents)
+    return {**sizes, "insiders": options.insiders or share}
+
+
+def _share_told(progress: _Progress, now=time.monotonic):
+    """Return a callback (days done, days in all) that tells the share and the time left."""
+    from ueba_helpers.study.pipeline import clock
+
+    began = now()
+
+    def told(done: int, total: int) -> None:
+        left = (now() - began) * (total - done) / done
+        progress.tick(f"simulate: {done:,} of {total:,} days, {done / total:.0%}, "
+                      + (f"about {clock(left)} left" if done < total else "now answers and truth"))
+
+    return told
 
 
 def _ingest(options: argparse.Namespace) -> int:
     from ueba_helpers.data.cert import ingest
 
     progress = _Progress(sys.stderr)
-    manifest = ingest(options.folder, options.out, memory_limit=options.memory_limit,
-                      threads=options.threads, max_quarantine_share=options.max_bad,
-                      allow_empty=options.allow_empty, progress=progress.tick)
-    progress.clear()
+    try:
+        manifest = ingest(options.folder, options.out, memory_limit=options.memory_limit,
+                          threads=options.threads, max_quarantine_share=options.max_bad,
+                          allow_empty=options.allow_empty, progress=progress.tick)
+    finally:
+        progress.clear()
     if options.json:
         _say(json.dumps(manifest, indent=2, sort_keys=True, default=str))
         return 0
     rows = manifest["rows"]
     _say(f"{options.out}: {rows['stored']:,} of {rows['read']:,} rows stored, "
-         f"{rows['quarantined']:,} bad rows in quarantine.csv")
+         f"{rows['quarantined']:,} bad rows in quarantine.csv, {rows['other_releases']:,} rows of "
+         "other releases in the answer key passed over")
     for warning in manifest["warnings"]:
         _say(f"warning: {warning}", stream=sys.stderr)
     return 0

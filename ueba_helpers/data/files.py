@@ -3,20 +3,26 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import psutil
 
 
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
     """Yield a temporary sibling of `path` (file or folder) that takes its place on success.
 
-    On an exception the temporary one is removed and `path` stays as it was.
+    On an exception the temporary one is removed and `path` stays as it was. What processes that
+    were killed left of the same target is removed first (processes of this machine: two machines
+    must not write one target).
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     _remove(temporary)
     try:
@@ -26,6 +32,15 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         _remove(temporary)
+
+
+def _sweep(path: Path) -> None:
+    """Remove the temporary siblings of `path` whose process is gone."""
+    for left in path.parent.iterdir():
+        owner = re.fullmatch(re.escape(f".{path.name}.") + r"(\d{1,9})\.partial", left.name)
+        if owner and not psutil.pid_exists(int(owner[1])):
+            with suppress(FileNotFoundError):  # another process sweeps as well
+                _remove(left)
 
 
 def _remove(path: Path) -> None:
