@@ -1148,6 +1148,22 @@ def test_what_duckdb_refuses_is_one_message(folder, tmp_path, monkeypatch, error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["release"]
 
 
+@pytest.mark.parametrize("error, seen", [
+    (RuntimeError("Query interrupted"), KeyboardInterrupt), (RuntimeError("other"), RuntimeError),
+    (BrokenPipeError(), BrokenPipeError),
+])
+def test_an_interrupt_and_a_defect_are_no_mistakes_of_the_user(
+    folder, tmp_path, monkeypatch, error, seen
+):
+    def failing(*_):
+        raise error
+
+    monkeypatch.setattr(cert._Ingest, "ldap", failing)
+    with pytest.raises(seen):
+        cert.ingest(folder, tmp_path / "store")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["release"]
+
+
 def test_a_damaged_table_of_a_store_is_one_message(folder, tmp_path):
     cert.ingest(folder, tmp_path / "store")
     path = tmp_path / "store" / "ldap.parquet"

@@ -1690,12 +1690,14 @@ def _mendable(path: Path, memory_limit: str) -> Iterator[None]:
         raise UserError(
             f"memory_limit {memory_limit} is too small for this release; raise it. ({error})"
         ) from error
-    except duckdb.InterruptException as error:
-        raise KeyboardInterrupt from error
     except duckdb.IOException as error:
         raise UserError(f"{path}: cannot be read or written: {error}") from error
     except duckdb.Error as error:
         raise UserError(f"{path}: DuckDB cannot go on: {error}") from error
+    except RuntimeError as error:
+        if str(error) == "Query interrupted":  # so DuckDB words Ctrl-C
+            raise KeyboardInterrupt from error
+        raise
     except BrokenPipeError:  # whoever read the progress has gone
         raise
     except PermissionError as error:
