@@ -236,9 +236,10 @@ def test_a_selection_takes_along_what_it_needs(asked, selected, forced):
 
 def test_a_study_in_an_impossible_place_is_refused_at_once(tmp_path):
     (tmp_path / "file").write_text("")
+    data = Stage(name="data", call="os:getcwd")
     for dry_run in (False, True):
         with pytest.raises(UserError, match=r"file is no folder.* --runs"):
-            pipeline.run_stages([], study=tmp_path / "file" / "study", dry_run=dry_run)
+            pipeline.run_stages([data], study=tmp_path / "file" / "study", dry_run=dry_run)
     pipeline._check_place(tmp_path / "new" / "study")
 
 
