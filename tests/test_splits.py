@@ -18,6 +18,7 @@ from ueba_helpers.data.windows import (
     WEEK_FEATURES,
 )
 from ueba_helpers.errors import UserError
+from ueba_helpers.study import stages
 from ueba_helpers.task import baselines
 
 NUMBERS = (*BEHAVIOUR_FEATURES, *PAST_FEATURES, *WEEK_FEATURES, *RULE_FEATURES)
@@ -624,3 +625,28 @@ def test_telling_event_ids_are_found():
         row = splits._guess("event id", splits._characters(names), labels,
                             np.random.default_rng(1), "events")
         assert row["outcome"] == outcome
+
+
+def test_prepared_data_say_which_audits_failed_or_could_not_be_judged(
+    tmp_path, monkeypatch, capsys
+):
+    asked = {}
+
+    def planted(windows_, assignment, **options):
+        asked.update(options)
+        return pd.DataFrame([splits._row("clean", 0, 0, ""),
+                             splits._row("names", 0.9, 0.6, "ROC-AUC"),
+                             splits._cannot_tell("roles", "fewer than 5 insiders")])
+
+    monkeypatch.setattr(splits, "audit", planted)
+    home = stages.prepare_data("smoke", 0, "", str(tmp_path))
+    said = ["audit failed: names (ROC-AUC)", "audit not judged: roles (fewer than 5 insiders)"]
+    known = json.loads((home / "samples.json").read_text())
+    assert known["warnings"] == said
+    assert known["audits"] == {"passed": 1, "failed": 1, "not judged": 1}
+    assert [line for line in capsys.readouterr().err.splitlines()
+            if line.startswith("warning: ")] == [f"warning: {line}" for line in said]
+    # Every detector of the study is permuted, the listing and the evidence are there.
+    assert set(asked["detectors"]) == set(baselines.DETECTORS)
+    assert set(asked["listing"]) >= set(asked["items"]["window_id"].str[:7])
+    assert asked["store"] == home / "store" and "fit" in asked["manifest"]
