@@ -10,7 +10,7 @@ from tests.task_windows import make_item, make_window, make_windows
 from ueba_helpers.errors import UserError
 from ueba_helpers.study.pseudonyms import KEY_FILE, fingerprint, study_key
 from ueba_helpers.task import injections, prompts
-from ueba_helpers.task.injections import INJECTIONS, PLACES, flip_share, plant, planted
+from ueba_helpers.task.injections import INJECTIONS, PLACES, plant, planted
 from ueba_helpers.task.prompts import (
     SIMULATED_KEY,
     escape_field,
@@ -453,11 +453,17 @@ def test_planting_leaves_the_original_and_names_its_mistakes():
         plant(window, "boo", place="subject")
     with pytest.raises(UserError, match="e99"):
         plant(window, "boo", item_id="e99")
-    found = list(planted([window], injections=("a", "b")))
-    assert [(index, text) for index, text, _ in found] == [(0, "a"), (0, "b")]
 
 
-def test_flips_are_counted():
-    assert flip_share(["malicious"] * 4, ["normal", "malicious", "invalid", "malicious"]) == 0.5
-    with pytest.raises(ValueError):
-        flip_share([], [])
+def test_the_suite_goes_round_windows_and_places():
+    windows, places = make_windows(4), ("role", "department", "fact")
+    found = list(planted(windows, places=places))
+    assert len(found) == 3 * len(INJECTIONS)
+    assert {(place, text) for _, place, text, _ in found} == {
+        (place, text) for place in places for text in INJECTIONS}
+    assert {(index, place) for index, place, *_ in found[:len(INJECTIONS)]} == {
+        (index, place) for index in range(4) for place in places}, "no place has its own windows"
+    for index, place, text, attacked in found[:20]:
+        assert attacked == plant(windows[index], text, place=place) != windows[index]
+    once = list(planted(windows, places=places, rounds=1))
+    assert once == found[:len(INJECTIONS)]
