@@ -1,6 +1,7 @@
 """Rewards: by hand, by law, against the zoo, and with broken twins that the checks reject."""
 
 import codecs
+import functools
 import itertools
 import math
 import random
@@ -735,6 +736,22 @@ def test_ten_thousand_completions_are_scored_in_a_second(balanced):
         assert min(values) > .5
         return time.process_time() - started
     assert min(seconds() for _ in range(3)) <= 1
+
+
+def test_all_terms_together_parse_each_completion_once(balanced, monkeypatch):
+    columns = columns_of(balanced[:10])
+    many = {name: values * 1000 for name, values in columns.items()}
+    texts = [target_verdict(window)[:-1] + f', "confidence": 0.{i:05d}}}'
+             for i, window in enumerate(balanced[:10] * 1000)]
+
+    def parses():
+        rewards._parse_cached.cache_clear()
+        reward_terms(texts, reward_set="ueba_calibrated", **many)
+        return rewards._parse_cached.cache_info().misses
+    assert parses() == len(texts)
+    small = functools.lru_cache(maxsize=4096)(rewards._parse_cached.__wrapped__)
+    monkeypatch.setattr(rewards, "_parse_cached", small)  # the twin: forgets before the next term
+    assert parses() > len(texts)
 
 
 def test_composed_refuses_columns_out_of_step():
