@@ -1,26 +1,19 @@
-"""The simulated release: exact formats, r4.2's facts, honest labels, no accidental giveaway."""
+"""The simulated release: exact formats, honest labels, the same bytes, refusals."""
 
-import csv
 import re
 from collections import Counter, defaultdict
 from datetime import datetime, timedelta
 from itertools import pairwise
 
-import duckdb
-import numpy as np
 import pytest
-from sklearn.feature_extraction.text import CountVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
-from sklearn.model_selection import GroupKFold, cross_val_predict
 
+from tests.release_files import STAMP, answer_rows, log_tables, moment, one, records
 from ueba_helpers.data import cert, simulate
 from ueba_helpers.data.files import sha256_of
 from ueba_helpers.errors import UserError
 
 USERS, DAYS, INSIDERS = 160, 130, (6, 6, 3)
 SMALL = dict(users=40, days=60, insiders=(2, 2, 1), web_rate=0.05)
-STAMP = "%m/%d/%Y %H:%M:%S"
 ID = r"\{[A-Z]\d[A-Z]\d-[A-Z]\d[A-Z]{2}\d{2}[A-Z]{2}-\d{4}[A-Z]{4}\}"
 HEAD = ID + r",(0[1-9]|1[0-2])/[0-3]\d/20\d\d [0-2]\d:[0-5]\d:[0-5]\d,[A-Z]{3}\d{4},PC-\d{4},"
 ADDRESS = r"[\w.]+@[\w.]+"
@@ -43,40 +36,14 @@ def release(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tables(release):
-    folder, _ = release
-    connection = duckdb.connect()
-    for log in simulate.LOGS:
-        connection.execute(
-            f'CREATE TABLE {log} AS SELECT *, "user" AS who, row_number() OVER () AS place, '
-            f"strptime(date, '{STAMP}') AS moment FROM read_csv('{folder}/{log}.csv', "
-            "header = true, all_varchar = true, quote = '', nullstr = 'NEVER')"
-        )
-    days = " UNION ALL ".join(f"SELECT who, moment::DATE AS day FROM {log}"
-                              for log in simulate.LOGS)
-    connection.execute(f"CREATE TABLE days AS SELECT who, day, count(*) AS n FROM ({days}) "
-                       "GROUP BY ALL")
+    connection = log_tables(release[0])
     yield connection
     connection.close()
 
 
 @pytest.fixture(scope="module")
 def key(release):
-    """Return {(scenario, insider): [(log, row as a list of cells)]} from the answer files."""
-    folder, _ = release
-    found = {}
-    for path in sorted((folder / "answers").glob("r4.2-*/*.csv")):
-        _, scenario, user = path.stem.split("-")
-        rows = [line.split(",") for line in path.read_text().splitlines()]
-        found[int(scenario), user] = [(row[0], row[1:]) for row in rows]
-    return found
-
-
-def one(tables, query):
-    return tables.execute(query).fetchone()[0]
-
-
-def moment(row):
-    return datetime.strptime(row[1], STAMP)
+    return answer_rows(release[0])
 
 
 # --- formats
@@ -137,114 +104,11 @@ def test_people_files_name_everybody_and_lose_the_leavers(release, key):
         own = [moment(row) for _, row in rows]
         assert user in staff[min(own).strftime("%Y-%m")] or min(own).month == max(own).month
     gone = set(staff["2010-01"]) - set(staff["2010-05"])
-    assert len(insiders & gone) >= 0.8 * len(insiders)
+    assert len(insiders - gone) <= 1, "every insider leaves; a file may lag by a month"
     assert gone - insiders, "benign people leave too"
     header, *scores = (folder / "psychometric.csv").read_text().splitlines()
     assert header == "employee_name,user_id,O,C,E,A,N" and len(scores) == USERS
     assert all(re.fullmatch(r"[A-Za-z ]+,[A-Z]{3}\d{4}(,\d\d){5}", line) for line in scores)
-
-
-# --- r4.2's facts
-
-
-def facts(tables, summary):
-    """Return rows (fact, r4.2, lowest, highest, got)."""
-    def mode_share(log, condition="true"):
-        return one(tables, f"""
-            WITH n AS (SELECT who, moment::DATE d, count(*) k FROM {log} WHERE {condition}
-                       GROUP BY ALL), m AS (SELECT who, mode(k) usual FROM n GROUP BY who)
-            SELECT avg((k = usual)::INT) FROM n JOIN m USING (who)""")
-
-    balance = """SELECT {} FROM (SELECT who, moment::DATE d,
-        count(*) FILTER (activity = 'Logon') a, count(*) FILTER (activity = 'Logoff') b
-        FROM logon GROUP BY ALL)"""
-    per_day = "SELECT avg(k) FROM (SELECT day, count(*) k FROM days WHERE {} GROUP BY day)"
-    weekend = "dayofweek(day) IN (0, 6)"
-    n_domains = """SELECT count(DISTINCT split_part(x, '@', 2)) FROM (
-        SELECT unnest(string_split("to" || ';' || cc || ';' || bcc, ';')) x FROM email
-    ) WHERE x <> ''"""
-    pcs = "FROM (SELECT who, count(DISTINCT pc) k FROM logon GROUP BY who)"
-    shape = "len(string_split(\"to\", ';'))"
-    account_days = summary["account_days"]
-    return [
-        ("events per user-day, median", 110, 100, 120, one(tables, "SELECT median(n) FROM days")),
-        ("events per user-day, mean", 98, 88, 108, one(tables, "SELECT avg(n) FROM days")),
-        ("events per user-day, most", 225, 150, 260, one(tables, "SELECT max(n) FROM days")),
-        ("share active on a weekday", 0.906, 0.85, 0.96,
-         one(tables, per_day.format("NOT " + weekend)) / USERS),
-        ("share active on a weekend day", 0.048, 0.01, 0.09,
-         one(tables, per_day.format(weekend)) / USERS),
-        ("logons per user-day", 1.42, 1.25, 1.65,
-         one(tables, "SELECT count(*) FROM logon WHERE activity = 'Logon'") / account_days),
-        ("days with unequal logons and logoffs", 0.26, 0.21, 0.31,
-         one(tables, balance.format("avg((a <> b)::INT)"))),
-        ("of these, a logoff missing", 0.99, 0.9, 1.0,
-         one(tables, balance.format("avg((a > b)::INT) FILTER (a <> b)"))),
-        ("logons before 07:00 or from 19:00", 0.067, 0.04, 0.10,
-         one(tables, "SELECT avg((hour(moment) < 7 OR hour(moment) >= 19)::INT) FROM logon "
-             "WHERE activity = 'Logon'")),
-        ("logons on second 00", 0.71, 0.68, 0.74,
-         one(tables, "SELECT avg((second(moment) = 0)::INT) FROM logon "
-             "WHERE activity = 'Logon'")),
-        ("days at the own http mode", 0.947, 0.90, 0.98, mode_share("http")),
-        ("days at the own email mode", 0.88, 0.82, 0.94, mode_share("email")),
-        ("days at the own logon mode", 0.81, 0.74, 0.88,
-         mode_share("logon", "activity = 'Logon'")),
-        ("days at the own device mode", 0.51, 0.38, 0.64, mode_share("device")),
-        ("users with one PC", 0.679, 0.55, 0.8, one(tables, f"SELECT avg((k = 1)::INT) {pcs}")),
-        ("users who roam", 0.040, 0.02, 0.07, one(tables, f"SELECT avg((k > 50)::INT) {pcs}")),
-        ("PCs beyond one a user", 3, 0, 3,
-         one(tables, "SELECT count(DISTINCT pc) FROM logon") - USERS),
-        ("users who ever use a drive", 0.265, 0.2, 0.36,
-         one(tables, "SELECT count(DISTINCT who) FROM device") / USERS),
-        ("device events per user-day", 1.23, 0.6, 1.8,
-         summary["rows"]["device"] / account_days),
-        ("file copies per user-day", 1.35, 0.6, 2.0, summary["rows"]["file"] / account_days),
-        ("emails per user-day", 7.96, 7, 9, summary["rows"]["email"] / account_days),
-        ("mails from @dtaa.com", 0.62, 0.58, 0.66,
-         one(tables, "SELECT avg((\"from\" LIKE '%@dtaa.com')::INT) FROM email")),
-        ("mails with cc", 0.38, 0.35, 0.41,
-         one(tables, "SELECT avg((cc <> '')::INT) FROM email")),
-        ("mails with bcc", 0.16, 0.14, 0.18,
-         one(tables, "SELECT avg((bcc <> '')::INT) FROM email")),
-        ("most addresses in to", 13, 12, 13, one(tables, f"SELECT max({shape}) FROM email")),
-        ("mean size of a mail", 30_000, 27_000, 33_000,
-         one(tables, "SELECT avg(size::INT) FROM email")),
-        ("recipient domains with dtaa.com", 22, 22, 22, one(tables, n_domains)),
-        ("http rows repeated", 0.0022, 0.001, 0.004,
-         one(tables, "SELECT sum(k - 1) FROM (SELECT count(*) k FROM http GROUP BY who, date, url)"
-             ) / summary["rows"]["http"]),
-        ("different job pages", 16, 16, 16,
-         one(tables, "SELECT count(DISTINCT url) FROM http WHERE url LIKE '%WboUhagvat%'")),
-        ("users who ever read job pages", 0.5, 0.3, 0.95,
-         one(tables, "SELECT count(DISTINCT who) FROM http WHERE url LIKE '%WboUhagvat%'") / USERS),
-    ]
-
-
-def missed(rows):
-    return [fact for fact, _, low, high, got in rows if not low <= got <= high]
-
-
-def test_marginal_facts_are_r4_2s(release, tables, capsys):
-    rows = facts(tables, release[1])
-    with capsys.disabled():
-        print(f"\n{'fact':40} {'r4.2':>10} {'got':>10}")
-        for fact, target, _, _, got in rows:
-            print(f"{fact:40} {target:>10.4g} {float(got):>10.4g}")
-    assert not missed(rows)
-
-
-def test_the_facts_table_notices_a_release_that_is_off(release, tables):
-    doubled = dict(release[1], account_days=2 * release[1]["account_days"])
-    assert {"logons per user-day", "emails per user-day"} <= set(missed(facts(tables, doubled)))
-
-
-def test_holidays_and_midnight_look_like_r4_2(tables):
-    ordinary = one(tables, "SELECT count(*) FROM days WHERE day = DATE '2010-01-20'")
-    holiday = one(tables, "SELECT count(*) FROM days WHERE day = DATE '2010-01-18'")
-    assert holiday < 0.15 * ordinary
-    assert one(tables, "SELECT count(*) FROM logon WHERE activity = 'Logoff' AND "
-               "hour(moment) < 3") > 10, "evenings run past midnight for benign people too"
 
 
 # --- labels
@@ -266,8 +130,7 @@ def test_every_labelled_row_stands_in_its_log_word_for_word(release, key):
 
 def test_insiders_csv_names_the_files_and_keeps_other_releases_apart(release, key):
     folder, _ = release
-    with open(folder / "answers" / "insiders.csv", encoding="ascii") as stream:
-        rows = list(csv.DictReader(stream))
+    rows = records(folder / "answers" / "insiders.csv")
     assert len(rows) > len(key) and {row["dataset"] for row in rows} > {"4.2"}
     ours = [row for row in rows if row["dataset"] == "4.2"]
     assert {(int(row["scenario"]), row["user"]) for row in ours} == set(key)
@@ -334,8 +197,7 @@ def test_scenario_2_is_partly_labelled_and_ends_with_the_drive(key, tables):
 def test_scenario_3_carries_the_supervisors_account(key, release):
     folder, summary = release
     supervisor_of = {}
-    with open(folder / "LDAP" / "2009-12.csv", encoding="ascii") as stream:
-        people = list(csv.DictReader(stream))
+    people = records(folder / "LDAP" / "2009-12.csv")
     ids = {row["employee_name"]: row["user_id"] for row in people}
     for row in people:
         supervisor_of[row["user_id"]] = ids.get(row["supervisor"])
@@ -379,163 +241,6 @@ def test_the_release_is_read_back_as_r4_2_without_a_bad_row(tmp_path):
     assert {log: got["stored"] for log, got in manifest["logs"].items()} == summary["rows"]
     planned = sum(summary["malicious_account_days"].values())
     assert planned <= manifest["positive_days"]["account"] <= planned + SMALL["insiders"][2]
-
-
-# --- nothing but behaviour gives a label away
-
-
-def chance_auc(texts, labels, groups):
-    """AUC of a classifier on characters of ids and times and on words, folds by user."""
-    counts = CountVectorizer(token_pattern=r"\S+", min_df=3).fit_transform(texts)
-    folds = GroupKFold(5)
-    model = LogisticRegression(C=0.05, max_iter=300, class_weight="balanced")
-    score = cross_val_predict(model, counts, labels, groups=groups, cv=folds,
-                              method="predict_proba")[:, 1]
-    return roc_auc_score(labels, score)
-
-
-def metadata(row, place):
-    """Everything of a web row that is not behaviour: id letters, second, order, page, words."""
-    head, day_second = row[0], row[1][-2:]
-    letters = [f"i{k}{sign}" for k, sign in enumerate(head) if sign.isalnum()]
-    words = [f"w{word}" for word in row[5].split()]
-    return " ".join([*letters, f"s{day_second}", f"p{place % 2}", f"u{row[4]}", *words])
-
-
-@pytest.fixture(scope="module")
-def job_rows(key, tables):
-    labelled = {row[0] for (s, _), rows in key.items() if s == 2
-                for log, row in rows if log == "http"}
-    rows = tables.execute("SELECT id, date, \"user\", pc, url, content, place FROM http "
-                          "WHERE url LIKE '%WboUhagvat%'").fetchall()
-    labels = np.array([row[0] in labelled for row in rows])
-    assert 200 < labels.sum() < len(rows) - 200
-    return rows, labels
-
-
-def test_a_classifier_on_metadata_and_words_stays_at_chance(job_rows):
-    rows, labels = job_rows
-    texts = [metadata(row, row[6]) for row in rows]
-    assert 0.42 < chance_auc(texts, labels, [row[2] for row in rows]) < 0.58
-
-
-def test_the_same_classifier_finds_a_planted_giveaway(job_rows):
-    rows, labels = job_rows
-    planted = ["irreplaceable" if label and i % 3 == 0 else "" for i, label in enumerate(labels)]
-    texts = [f"{metadata(row, row[6])} {word}" for row, word in zip(rows, planted, strict=True)]
-    assert chance_auc(texts, labels, [row[2] for row in rows]) > 0.6
-
-
-def test_places_among_rows_of_one_second_are_random_for_insiders(key, tables):
-    insiders = ",".join(f"'{user}'" for _, user in key)
-    share, n = tables.execute(f"""
-        SELECT avg((place = first)::INT - 1.0 / k), count(*) FROM (
-            SELECT who, place, min(place) OVER w AS first, count(*) OVER w AS k FROM http
-            WINDOW w AS (PARTITION BY date))
-        WHERE k > 1 AND who IN ({insiders})""").fetchone()
-    assert n > 5000 and abs(share) < 4 * 0.5 / n**0.5
-
-
-def test_only_the_two_stated_sites_name_a_scenario(tmp_path):
-    folder = tmp_path / "easy"
-    simulate.simulate(folder, hardness=0.0, seed=1, **SMALL)
-    labelled = "".join(path.read_text() for path in (folder / "answers").glob("r4.2-*/*.csv"))
-    visitors = {"leak": set(), "hack": set()}
-    for line in (folder / "http.csv").read_text().splitlines()[1:]:
-        cells = line.split(",")
-        category = cert.web_category(cells[4])
-        if category in visitors:
-            visitors[category].add(cells[0] in labelled)
-    assert visitors == {"leak": {True}, "hack": {True}}
-
-
-# --- known truth
-
-
-def test_causes_name_scenarios_and_many_innocent_reasons(release, key):
-    folder, summary = release
-    with open(folder / "truth" / "causes.csv", encoding="ascii") as stream:
-        rows = list(csv.DictReader(stream))
-    causes = Counter(row["cause"] for row in rows)
-    assert {"night_work", "drive_backup", "job_seeker", "admin_roaming", "mass_mail", "deadline",
-            *simulate.SCENARIOS} <= set(causes)
-    assert {row["deviation"] for row in rows} <= set(simulate.DEVIATIONS)
-    insiders = {user for _, user in key}
-    victims = {row[2] for rows in key.values() for _, row in rows}
-    assert {r["user"] for r in rows if r["cause"].startswith("scenario")} <= insiders | victims
-    assert 0.03 <= summary["optimal"]["rare_share_of_benign_days"] <= 0.06
-
-
-def optimum(release, key):
-    """Return p_malicious and truth of the account-days the optimum counts."""
-    folder, _ = release
-    truth = {(row[2], moment(row).date().isoformat()) for rows in key.values() for _, row in rows}
-    with open(folder / "truth" / "causes.csv", encoding="ascii") as stream:
-        incident = {(r["user"], r["day"]) for r in csv.DictReader(stream)
-                    if r["cause"].startswith("scenario")}
-    with open(folder / "truth" / "optimal.csv", encoding="ascii") as stream:
-        rows = list(csv.DictReader(stream))
-    assert [r["day"] for r in rows] == sorted(r["day"] for r in rows)
-    seen, p, y = Counter(), [], []
-    for row in rows:
-        pair = row["user"], row["day"]
-        seen[row["user"]] += 1
-        if seen[row["user"]] > 10 and (pair in truth or pair not in incident):
-            p.append(float(row["p_malicious"]))
-            y.append(pair in truth)
-    return np.array(p), np.array(y), len(rows)
-
-
-def f1(said, truth):
-    return 2 * np.sum(said & truth) / (said.sum() + truth.sum())
-
-
-def test_the_optimal_rule_reaches_what_the_simulator_claims(release, key):
-    claim = release[1]["optimal"]
-    p, y, n = optimum(release, key)
-    assert n == release[1]["account_days"]
-    assert abs(f1(p >= claim["threshold"], y) - claim["malicious_f1"]) < 0.12
-    assert 0.7 < p.sum() / y.sum() < 1.4, "probabilities are calibrated in the large"
-    assert 0.75 < claim["macro_f1"] < 0.97
-    shifted = np.roll(p, 1)
-    assert abs(f1(shifted >= claim["threshold"], y) - claim["malicious_f1"]) > 0.3
-
-
-def plans(seeds=range(4), **change):
-    arguments = dict(users=200, days=120, insiders=(8, 8, 4), hardness=0.3, label_noise=0.0)
-    arguments.update(change)
-    settings = simulate._checked(
-        seed=0, content="few", start=None, web_rate=0.1, **arguments)
-    for seed in seeds:
-        yield settings, simulate._plan(settings, simulate._cast(settings, seed), seed)
-
-
-def test_label_noise_takes_labels_away_and_hides_no_insider():
-    clean = sum(plan.malicious.sum() for _, plan in plans())
-    noisy = [plan for _, plan in plans(label_noise=0.5)]
-    assert 0.4 < sum(plan.malicious.sum() for plan in noisy) / clean < 0.7
-    assert all(plan.malicious.any(axis=1).sum() >= 20 for plan in noisy)
-
-
-def test_harder_releases_have_a_lower_ceiling():
-    def ceiling(hardness):
-        samples = [simulate._observed(*pair) for pair in plans(range(8), hardness=hardness)]
-        levels, malicious, rare = (
-            np.concatenate(column, axis=-1) for column in zip(*samples, strict=True))
-        chance = simulate._Frequencies(levels, malicious)(levels)
-        return max(simulate._macro_f1(malicious, rare, chance >= cut)
-                   for cut in np.arange(0.1, 0.9, 0.1))
-
-    easy, hard = ceiling(0.0), ceiling(1.0)
-    assert hard < easy - 0.05
-
-
-def test_frequencies_of_cells_are_shrunk_towards_the_coarser_cell():
-    levels = np.array([[0, 0, 0, 0], [0, 0, 1, 1]])
-    rule = simulate._Frequencies(levels, np.array([True, True, False, False]))
-    w = simulate._BACKOFF
-    assert rule(levels)[[0, 2]] == pytest.approx([(2 + 0.5 * w) / (2 + w), 0.5 * w / (2 + w)])
-    assert rule(np.array([[0], [9]])) == pytest.approx([0.5])
 
 
 # --- sameness, refusals, atomic output

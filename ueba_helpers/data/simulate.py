@@ -14,10 +14,10 @@ How a release is made
      random. State between days is only the rows of sessions that run past midnight.
 
 Where the labels come from: rows of an insider's incident, with r4.2's gaps. Scenario 1's night
-sessions before the labelled start are unlabelled; in scenario 2 about a fifth of the incident's
-days and an eighth of the rows on the other days are unlabelled, as are all file copies and the
-ordinary use of the drive; scenario 3 labels rows of the supervisor's account and one innocent
-reply. `label_noise` removes further whole days from the key.
+sessions before the labelled start are unlabelled; in scenario 2 three tenths of the days between
+the first and the last of the incident are unlabelled, a few rows on the other days, all file
+copies and the ordinary use of the drive; scenario 3 labels rows of the supervisor's account and
+one innocent reply. `label_noise` removes further whole days from the key.
 
 The strings that give a label away, as in r4.2: a leak site (scenario 1) and a keylogger site
 (scenario 3). With `hardness` 0 nobody else visits them; as it grows benign people do too, part of
@@ -32,13 +32,17 @@ mail, file copies; each in a few steps). The probability is the frequency of the
 populations drawn from the same `_cast` and `_plan` with other seeds, each level of detail shrunk
 with weight `_BACKOFF` towards the coarser one. Assumptions: the cells are all that can be seen
 (finer detail, such as minutes, is ignored, so the ceiling is slightly low); the prior is that of
-the simulated population, not r4.2's .29 %; days of an incident that the key leaves out are set
-aside; the innocent reply of scenario 3 counts as not malicious. optimal_risk is malicious where
-p_malicious reaches the threshold that maximises macro-F1 in half of those other populations, else
-suspicious where a behaviour is rare in the account's own past, else normal. The claim in
-`simulation.json` (`optimal.macro_f1`) is measured on that half, with probabilities from the other.
-The two lower levels are a function of what is visible, so a study with its own rule for them should
-take p_malicious >= `optimal.threshold` from here and the lower levels from its rule.
+the simulated population, not r4.2's .29 %. `counted` is 1 on the days that count: ten active days
+of past, and not among the days that `windows` sets aside (an incident's behaviour which the key
+leaves out between the labels or just before them; innocent replies). What label noise hides after
+the last label stays a plain negative there, and so it does here.
+
+`optimal_risk` is malicious where p_malicious reaches the threshold, else `lower_risk`: suspicious
+where a behaviour is rare in the account's own past, else normal. Half of the other populations give
+the frequencies, a quarter the threshold (the best macro-F1), the last quarter the claim in
+`simulation.json`: `optimal.macro_f1` with its 95 % bootstrap interval over accounts. The two lower
+levels are a function of what is visible, so a study with its own rule for them should take
+p_malicious >= `optimal.threshold` from here and the lower levels from its rule.
 """
 
 import calendar
@@ -68,7 +72,7 @@ from ueba_helpers.data.files import atomic_path, write_json
 from ueba_helpers.data.seeding import generator
 from ueba_helpers.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 LOGS = ("logon", "device", "file", "email", "http")
 HEADERS = {
     "logon": "id,date,user,pc,activity",
@@ -91,6 +95,7 @@ _RARE_SHARE = 0.05
 _MIN_PAST = 10
 _RECENT = 30
 _REFERENCE_CELLS = 1_200_000
+_RESAMPLES = 500
 
 _FIRST = str.split(
     "Aaron Abel Ada Adele Alan Alma Amber Amos Anika Ansel Arden Aria Asher Avery Basil Beata "
@@ -200,6 +205,11 @@ class _Settings:
     def history(self) -> int:
         """Days before the first label: r4.2's share of the period, at least 40 where it fits."""
         return max(round(0.317 * self.days), min(40, round(0.45 * self.days)))
+
+    @property
+    def last_incident_day(self) -> int:
+        """The last day of the last incident: r4.2's labels end 18 days before the release."""
+        return self.days - max(3, round(0.036 * self.days))
 
     @property
     def compression(self) -> float:
@@ -440,27 +450,28 @@ def _cast(settings: _Settings, seed: int) -> _Cast:
         return rng.random(users) < share
 
     drive_share = max(0.18, (0.265 * users - n_insiders) / (users - n_insiders))
-    drive = some(drive_share * 0.75)
-    drive[inside_two] = rng.random(two) < 0.85
-    occasional = some(drive_share * 0.25 / (1 - drive_share * 0.75)) & ~drive
+    drive = some(drive_share * 0.80)
+    drive[inside_two] = rng.random(two) < 0.50
+    occasional = some(drive_share * 0.20 / (1 - drive_share * 0.80)) & ~drive
     night = some(0.075)
     early = some(0.05) & ~night
     for quiet in (drive, occasional, night, early):
         quiet[inside_one] = False
     occasional[list(inside_three)] = True
     regular = rng.random(users)
+    shared_pc = some(0.275) & ~admin
     habits = {
         "drive": drive,
         "occasional_drive": occasional,
         "drive_rate": np.where(regular < 0.8, rng.uniform(0.6, 0.97, users),
                                rng.uniform(0.08, 0.4, users)),
-        "connects": rng.integers(1, 7, users),
-        "files": rng.uniform(0.4, 2.4, users),
+        "connects": rng.integers(1, 10, users),
+        "files": rng.uniform(0.8, 3.0, users),
         "backup": drive & some(0.15),
         "backup_day": rng.integers(0, 5, users),
         "night": night,
         "night_rate": rng.uniform(0.15, 0.6, users),
-        "weekend": some(0.042),
+        "weekend": some(0.052),
         "start": np.where(
             early, rng.uniform(5.4, 6.8, users), np.clip(rng.normal(8.2, 0.6, users), 7.2, 9.8)
         ),
@@ -468,11 +479,11 @@ def _cast(settings: _Settings, seed: int) -> _Cast:
         "http": np.where(some(0.22), rng.uniform(15, 70, users),
                          np.clip(rng.normal(102, 12, users), 60, 190)),
         "mail": np.clip(rng.normal(8.0, 3.0, users), 1, 20).round(),
-        "unlocks": rng.choice([0, 1, 2], users, p=[0.78, 0.17, 0.05]),
-        "shared_pc": some(0.19) & ~admin,
-        "visitor": some(0.13) & ~admin,
+        "unlocks": rng.choice([0, 1, 2], users, p=[0.82, 0.14, 0.04]),
+        "shared_pc": shared_pc,
+        "visitor": some(np.where(shared_pc, 0.40, 0.025)) & ~admin,
         "shared_rate": rng.uniform(0.02, 0.15, users),
-        "roam_rate": np.where(admin, rng.uniform(1.2, 3.2, users), 0.0),
+        "roam_rate": np.where(admin, rng.uniform(1.9, 3.4, users), 0.0),
         "seeker": some(0.05 + 0.24 * hard),
         "partner": some(0.12),
         "mass_mailer": (is_lead & some(0.25)) | some(0.012),
@@ -487,7 +498,8 @@ def _cast(settings: _Settings, seed: int) -> _Cast:
     leave = np.full(users, settings.days + 400)
     for incident in incidents:
         gap = {1: rng.integers(2, 9), 2: rng.integers(1, 4), 3: rng.integers(1, 3)}
-        leave[incident.user] = incident.end + int(gap[incident.scenario])
+        # every insider is gone before the release ends
+        leave[incident.user] = min(incident.end + int(gap[incident.scenario]), settings.days - 1)
     benign = rng.permutation(np.flatnonzero(~insider & ~is_lead))
     n_leavers = max(1, round(0.085 * users * min(1.0, settings.days / 501)))
     leavers = benign[:n_leavers]
@@ -496,15 +508,20 @@ def _cast(settings: _Settings, seed: int) -> _Cast:
 
 
 def _incidents(settings, rng, inside_one, inside_two, inside_three, supervisor, leads):
-    first, last = settings.history, settings.days - 3
+    first, last = settings.history, settings.last_incident_day
     found = []
+
+    def one_of(choices):
+        """Pick one, more often an early one: three quarters of r4.2's labels lie in 2010."""
+        return int(choices[int(len(choices) * rng.random() ** 1.4)])
+
     for user in inside_one:
         span = int(rng.integers(3, 10))
-        begin = int(rng.integers(first + 1, max(first + 2, last - span)))
+        begin = one_of(range(first + 1, max(first + 2, last - span)))
         found.append(_Incident(int(user), 1, begin, min(begin + span, last)))
     for user in inside_two:
         span = max(8, round(float(rng.uniform(58, 72)) * settings.compression))
-        begin = int(rng.integers(first, max(first + 1, last - span)))
+        begin = one_of(range(first, max(first + 1, last - span)))
         found.append(_Incident(int(user), 2, begin, min(begin + span, last)))
     taken: dict[int, set[int]] = {}
     for user in inside_three:
@@ -516,7 +533,7 @@ def _incidents(settings, rng, inside_one, inside_two, inside_three, supervisor, 
             if _is_workday(settings, d) and _is_workday(settings, d + 1)
             and not {d, d + 1} & taken.get(victim, set())
         ]
-        begin = int(rng.choice(workdays))
+        begin = one_of(workdays)
         taken.setdefault(victim, set()).update((begin, begin + 1))
         found.append(_Incident(int(user), 3, begin, begin + 1, victim, replier))
     return found
@@ -661,12 +678,16 @@ def _plan(settings: _Settings, cast: _Cast, seed: int) -> _Plan:
     borrowed = habit["drive"] | habit["occasional_drive"]
     late_drive &= borrowed
     causes.append((late_drive & late, "night_work", "removable_media_increase"))
+    nights = generator(seed, "simulate.nights")
+    late_connects = late_drive * (1 + nights.poisson(0.6, shape))
 
     # Workstations: administrators everywhere, shared machines, one visit to a colleague's.
     counts["roam"] = (rng.poisson(np.broadcast_to(habit["roam_rate"], shape)) * active).astype(
         np.int16
     )
-    counts["shared"] = happens(np.where(habit["shared_pc"], habit["shared_rate"], 0))
+    counts["shared"] = _shared_machines(seed, happens(
+        np.where(habit["shared_pc"], habit["shared_rate"], 0)))
+    counts["shared_first"] = _first_uses(counts["shared"])
     counts["visit"] = happens(np.where(habit["visitor"], 0.025, 0))
     counts["roam_drive"] = (
         happens(np.where(cast.admin[:, None], 0.03 + 0.05 * hard, 0)) & (counts["roam"] > 0)
@@ -675,6 +696,7 @@ def _plan(settings: _Settings, cast: _Cast, seed: int) -> _Plan:
     causes += [
         (counts["roam"] > 0, "admin_roaming", "new_workstation"),
         (counts["visit"], "other_workstation", "new_workstation"),
+        (counts["shared_first"], "shared_workstation", "new_workstation"),
         (counts["roam_drive"], "admin_roaming", "removable_media_increase"),
     ]
 
@@ -700,7 +722,7 @@ def _plan(settings: _Settings, cast: _Cast, seed: int) -> _Plan:
 
     counts["late_web"] = rng.poisson(2.5 * settings.web_rate, shape).astype(np.int16)
     counts.update(
-        late=late, late_drive=late_drive, late_leak=np.zeros(shape, np.int8),
+        late=late, late_drive=late_connects.astype(np.int8), late_leak=np.zeros(shape, np.int8),
         connects=connects.astype(np.int16), files=files.astype(np.int16), executable=executable,
         active=active,
     )
@@ -740,6 +762,32 @@ def _plan(settings: _Settings, cast: _Cast, seed: int) -> _Plan:
     return _Plan(counts, labelled, malicious, present, incident_days, causes)
 
 
+def _shared_machines(seed: int, used: np.ndarray) -> np.ndarray:
+    """Return which machine without an owner is used, 1 to 3, and 0 for none: (users, days).
+
+    Everybody who shares machines uses the first, half of them the second too, hardly anybody the
+    third (r4.2: 264, 137 and 4 users).
+    """
+    rng = generator(seed, "simulate.shared_machines")
+    second, third = rng.random((2, len(used), 1)) < np.array([0.52, 0.015])[:, None, None]
+    pick = rng.random(used.shape)
+    machine = np.where(third & (pick < 0.15), 3, np.where(second & (pick < 0.55), 2, 1))
+    return (machine * used).astype(np.int16)
+
+
+def _first_uses(machine: np.ndarray) -> np.ndarray:
+    """Return where a row shows a machine number for the first time, zero not counted.
+
+    >>> _first_uses(np.array([[1, 0, 1, 2, 1]])).astype(int).tolist()
+    [[1, 0, 0, 1, 0]]
+    """
+    first = np.zeros(machine.shape, bool)
+    for number in (1, 2, 3):
+        used = machine == number
+        first |= used & (np.cumsum(used, axis=1) == 1)
+    return first
+
+
 def _story_kinds(scenario: str) -> tuple[str, ...]:
     return {
         "scenario_1": ("after_hours_logon", "removable_media_new", "leak_site"),
@@ -753,11 +801,11 @@ def _shows(counts: dict[str, np.ndarray], kind: str) -> np.ndarray:
     return {
         "after_hours_logon": lambda: counts["late"],
         "new_workstation": lambda: (
-            (counts["roam"] > 0) | counts["visit"] | counts["used_as_victim"]
-            | counts["victim_pc"]
+            (counts["roam"] > 0) | counts["visit"] | counts["shared_first"]
+            | counts["used_as_victim"] | counts["victim_pc"]
         ),
-        "removable_media_new": lambda: (counts["connects"] > 0) | counts["late_drive"],
-        "removable_media_increase": lambda: (counts["connects"] > 0) | counts["late_drive"],
+        "removable_media_new": lambda: (counts["connects"] + counts["late_drive"]) > 0,
+        "removable_media_increase": lambda: (counts["connects"] + counts["late_drive"]) > 0,
         "bulk_file_copy": lambda: counts["files"] > 10,
         "executable_copy": lambda: counts["executable"] | counts["victim_pc"],
         "job_search": lambda: counts["job"] > 0,
@@ -777,18 +825,20 @@ def _scenario_1(settings, rng, incident, counts, labelled, malicious, story):
     span = active[(active >= incident.start) & (active <= incident.end)]
     if len(span) == 0:  # a long weekend: the nearest working day instead
         span = active[[np.argmin(np.abs(active - incident.start))]]
-    sessions = int(rng.choice([1, 2, 3, 4], p=[0.12, 0.4, 0.36, 0.12]))
+    sessions = int(rng.choice([1, 2, 3, 4], p=[0.18, 0.43, 0.30, 0.09]))
     labelled_days = np.sort(rng.choice(span, min(sessions, len(span)), replace=False))
-    lead = float(np.clip(rng.lognormal(math.log(2.6), 0.7), 1, 13))
+    lead = float(np.clip(rng.lognormal(math.log(2.2), 0.8), 1, 13))
     before = active[(active < labelled_days[0]) & (active >= labelled_days[0] - lead)]
     if len(before) == 0:
         before = active[active < labelled_days[0]][-1:]
-    precursors = np.union1d(before[rng.random(len(before)) < 0.55], before[:1]).astype(int)
+    precursors = np.union1d(before[rng.random(len(before)) < 0.75], before[:1]).astype(int)
     for day in np.union1d(precursors, labelled_days):
         counts["late"][user, day] = True
-        counts["late_drive"][user, day] = True
         story["scenario_1"][user, day] = True
+        # r4.2: one connection in a labelled night, about four in the unlabelled ones before
+        counts["late_drive"][user, day] = 1
         if day not in labelled_days:
+            counts["late_drive"][user, day] += rng.poisson(3.2)
             continue
         first = day == labelled_days[0]
         if first or rng.random() >= 0.5 * settings.hardness:
@@ -810,32 +860,35 @@ def _scenario_2(settings, rng, incident, counts, labelled, malicious, story):
     copying = max(3, round(12 * settings.compression))
     before = counts["connects"][user, : incident.start]
     usual = float(before[before > 0].mean()) if (before > 0).any() else 0.0
-    started = False
     active = np.flatnonzero(counts["active"][user])
-    for day in active[(active >= incident.start) & (active <= incident.end)]:
+    span = active[(active >= incident.start) & (active <= incident.end)]
+    if len(span) == 0:  # away the whole time: one day beside it, so that the key names everybody
+        span = active[[np.argmin(np.abs(active - incident.start))]]
+    told = []
+    for day in span:
         taking = day > incident.end - copying
-        story["scenario_2"][user, day] = True
-        known = rng.random() < 0.78 and rng.random() >= settings.label_noise
+        in_key, kept = rng.random() < 0.70, rng.random() >= settings.label_noise
         looks = rng.random() < (0.45 if taking else 0.74)
-        writes = rng.random() < (0.15 if taking else 0.36 - 0.1 * hard)
-        if not started:
-            known = looks = True
+        writes = rng.random() < (0.20 if taking else 0.46 - 0.1 * hard)
+        takes = taking and rng.random() < 0.92
+        if day == span[0]:
+            in_key = kept = looks = True
         if looks:
-            counts["job"][user, day] += 1 + rng.poisson(4.2 - 1.5 * hard)
+            counts["job"][user, day] += 1 + rng.poisson(4.6 - 1.5 * hard)
         if writes:
             counts["competitor"][user, day] += 1
-        if taking and rng.random() < 0.92:
-            counts["connects"][user, day] += 2 + rng.poisson(1.7 - 0.6 * hard + 0.5 * usual)
+        if takes:
+            counts["connects"][user, day] += 3 + rng.poisson(2.6 - 1.0 * hard + 0.5 * usual)
             counts["files"][user, day] += rng.poisson(7)
-            labelled["drive"][user, day] = known
-        labelled["web_mail"][user, day] = known and (looks or writes)
-        if labelled["drive"][user, day] or labelled["web_mail"][user, day]:
-            malicious[user, day] = started = True
-    if not started:  # away the whole time: one day beside it, so that the key names everybody
-        day = int(active[np.argmin(np.abs(active - incident.start))])
-        counts["job"][user, day] += 3
-        labelled["web_mail"][user, day] = malicious[user, day] = True
+        if looks or writes or takes:
+            told.append((day, looks or writes, takes, in_key, kept))
+    for number, (day, reads, takes, in_key, kept) in enumerate(told, start=1):
+        # r4.2's key goes on to the end of a story; only label noise hides its last day
+        known = kept and (in_key or number == len(told))
         story["scenario_2"][user, day] = True
+        labelled["web_mail"][user, day] = known and reads
+        labelled["drive"][user, day] = known and takes
+        malicious[user, day] = known
 
 
 def _scenario_3(settings, rng, incident, counts, labelled, malicious, story):
@@ -846,7 +899,7 @@ def _scenario_3(settings, rng, incident, counts, labelled, malicious, story):
     counts["used_as_victim"][victim, day + 1] = True
     labelled["hack"][user, day] = True
     counts["late"][user, day + 1] = labelled["late"][user, day + 1] = True
-    counts["late_drive"][user, day + 1] = False
+    counts["late_drive"][user, day + 1] = 0
     counts["late_start"][user, day + 1] = rng.integers(int(19.2 * HOUR), int(21.5 * HOUR))
     counts["late_seconds"][user, day + 1] = rng.integers(HOUR, 2 * HOUR)
     story["scenario_3"][user, day : day + 2] = True
@@ -1075,8 +1128,6 @@ class _DayWriter:
         self.incident_of = np.zeros(settings.users, np.int16)
         for number, incident in enumerate(cast.incidents, start=1):
             self.incident_of[incident.user] = number
-        rng = generator(settings.seed, "simulate.machines")
-        self.shared = settings.users + rng.choice(3, settings.users, p=[0.65, 0.33, 0.02])
         self.user_bytes = names.user.view(np.uint8).reshape(-1, 7)
         self.pc_bytes = names.pc.view(np.uint8).reshape(-1, 7)
         self.parts: dict[str, list[tuple[np.ndarray, ...]]] = {log: [] for log in LOGS}
@@ -1140,7 +1191,7 @@ class _DayWriter:
         begin = _repeat(start, n) + 300 + (order + rng.uniform(0, 0.35, len(who))) * slot
         stay = np.minimum(rng.uniform(180, 2700, len(who)), 0.6 * slot)
         flag = _repeat(self._label(day, "drive")[user], n)
-        label = np.where((rng.random(len(who)) < 0.9) | (order == 0), flag, 0)
+        label = np.where((rng.random(len(who)) < 0.97) | (order == 0), flag, 0)
         self.add("device", who, who, begin.astype(int), label, 0)
         removed = rng.random(len(who)) >= 0.03
         done = (begin + stay).astype(int) + 5
@@ -1182,7 +1233,7 @@ class _DayWriter:
         again = np.flatnonzero((rng.random(len(user)) < 0.0022) & (user == np.roll(user, 1)))
         when[again], page[again] = when[again - 1], page[again - 1]
         self.add("http", user, user, when, 0, page)
-        for group, chance in (("job", 0.87), ("leak", 1.0), ("hack", 1.0)):
+        for group, chance in (("job", 0.97), ("leak", 1.0), ("hack", 1.0)):
             n = self._today(day, group)
             who = _repeat(everyone, n)
             flag = self._label(day, {"job": "web_mail", "hack": "hack"}.get(group, "late"))[who]
@@ -1234,7 +1285,7 @@ class _DayWriter:
 
     def _session(self, rng, user, machine, begin, seconds, label, *, drive, leak=0, web=0,
                  program=False, logoff=1.0):
-        """One stay at a machine: logon, perhaps a drive, copies and pages, logoff."""
+        """One stay at a machine: logon, `drive` connections, copies and pages, logoff."""
         finish = begin + seconds
         self.add("logon", user, machine, self._minutes(rng, begin), label, 0)
         kept = (rng.random(len(user)) < logoff) | (finish >= DAY)
@@ -1246,8 +1297,15 @@ class _DayWriter:
         pulled = np.maximum(pulled, plugged + 30)
         on = np.flatnonzero(drive)
         mark = np.broadcast_to(label, len(user))
-        self.add("device", user[on], machine[on], plugged[on], mark[on], 0)
-        self.add("device", user[on], machine[on], pulled[on], mark[on], 1)
+        times = drive[on].astype(int)
+        plug = _repeat(on, times)
+        number = np.arange(len(plug)) - _repeat(np.cumsum(times) - times, times)
+        slot = (np.minimum(pulled, DAY)[plug] - plugged[plug]) // _repeat(times, times)
+        into = plugged[plug] + number * slot  # before midnight, whenever the session ends
+        out = np.where(number == _repeat(times, times) - 1, pulled[plug],
+                       into + (0.8 * slot).astype(int))
+        self.add("device", user[plug], machine[plug], into, mark[plug], 0)
+        self.add("device", user[plug], machine[plug], out, mark[plug], 1)
         copies = rng.poisson(1.3, len(on)) * (rng.random(len(on)) < 0.6)
         owner = _repeat(on, copies)
         inside = plugged[owner] + rng.random(len(owner)) * (pulled - plugged)[owner]
@@ -1279,9 +1337,10 @@ class _DayWriter:
         who = _repeat(everyone, roam)
         first = np.diff(who, prepend=-1) != 0
         drive = self._today(day, "roam_drive")[who] & first
-        self._at(rng, day, who, rng.integers(0, users + 3, len(who)), drive)
-        who = np.flatnonzero(self._today(day, "shared"))
-        self._at(rng, day, who, self.shared[who], np.zeros(len(who), bool))
+        self._at(rng, day, who, rng.integers(0, users, len(who)), drive)
+        machine = self._today(day, "shared")
+        who = np.flatnonzero(machine)
+        self._at(rng, day, who, users + machine[who] - 1, np.zeros(len(who), bool))
         who = np.flatnonzero(self._today(day, "visit"))
         self._at(rng, day, who, rng.integers(0, users, len(who)), np.zeros(len(who), bool))
 
@@ -1596,67 +1655,156 @@ class _Frequencies:
         return chance
 
 
-def _macro_f1(malicious, rare, said_malicious) -> float:
-    """Macro-F1 over normal, suspicious, malicious where the two lower levels follow `rare`.
+@dataclass(frozen=True)
+class _Sample:
+    """The account-days that count: cell levels (levels, n); malicious, rare, account (n,)."""
 
-    >>> truth, rare = np.array([1, 0, 0, 0], bool), np.array([1, 1, 0, 0], bool)
-    >>> _macro_f1(truth, rare, truth)
-    1.0
+    levels: np.ndarray
+    malicious: np.ndarray
+    rare: np.ndarray
+    account: np.ndarray
+
+    @classmethod
+    def joined(cls, samples: "Sequence[_Sample]") -> "_Sample":
+        """Put samples of different people behind one another."""
+        firsts = np.cumsum([0] + [sample.account.max() + 1 for sample in samples])
+        return cls(
+            np.concatenate([sample.levels for sample in samples], axis=1),
+            np.concatenate([sample.malicious for sample in samples]),
+            np.concatenate([sample.rare for sample in samples]),
+            np.concatenate([s.account + n for s, n in zip(samples, firsts[:-1], strict=True)]),
+        )
+
+
+def _set_aside(cast: _Cast, plan: _Plan) -> np.ndarray:
+    """Return the days that count neither as malicious nor as innocent: (users, days).
+
+    The rules of `windows` (its `precursor` and `ignore`), which see the key and the rows but not
+    the plan: an incident's behaviour near or between its labelled days, and the innocent reply.
     """
-    truth = np.where(malicious, 2, rare.astype(int))
-    said = np.where(said_malicious, 2, rare.astype(int))
-    scores = []
-    for level in range(3):
-        hit = np.sum((truth == level) & (said == level))
-        total = np.sum(truth == level) + np.sum(said == level)
-        scores.append(2 * hit / total if total else 1.0)
-    return float(np.mean(scores))
+    counts = plan.counts
+    connects = counts["connects"] + counts["late_drive"] + counts["roam_drive"]
+    day = np.arange(plan.present.shape[1])
+    aside = np.zeros(plan.present.shape, bool)
+    for incident in cast.incidents:
+        user = incident.user
+        first, last = np.flatnonzero(plan.malicious[user])[[0, -1]]
+        lead, shown = {
+            1: (14, counts["late_drive"][user] > 0),
+            2: (0, (connects + counts["job"] + counts["competitor"])[user] > 0),
+            3: (7, counts["hack"][user] > 0),
+        }[incident.scenario]
+        aside[user] |= shown & (day >= first - lead) & (day <= last)
+        if incident.scenario == 3:
+            aside[incident.replier, incident.end] = True
+    return aside & ~plan.malicious
 
 
-def _observed(settings, plan):
-    """Return cell levels, malicious and rare of the account-days that count for the optimum."""
-    levels, rare = _visible_cells(settings, plan)
+def _counted(cast: _Cast, plan: _Plan) -> np.ndarray:
+    """Return the account-days that count for the optimum: enough past, and not set aside."""
     past = np.cumsum(plan.present, axis=1) - plan.present
-    chosen = plan.present & (past >= _MIN_PAST) & (plan.malicious | ~plan.incident_days)
-    return levels[:, chosen], plan.malicious[chosen], rare[chosen]
+    return plan.present & (past >= _MIN_PAST) & ~_set_aside(cast, plan)
+
+
+def _observed(settings: _Settings, cast: _Cast, plan: _Plan) -> _Sample:
+    levels, rare = _visible_cells(settings, plan)
+    chosen = _counted(cast, plan)
+    return _Sample(
+        levels[:, chosen], plan.malicious[chosen], rare[chosen], np.nonzero(chosen)[0]
+    )
+
+
+def _tallies(sample: _Sample, said_malicious: np.ndarray) -> np.ndarray:
+    """Count hits, true days and said days of each level: (accounts, 3 levels, 3).
+
+    The levels are normal, suspicious, malicious; the two lower ones follow `rare`.
+    """
+    truth = np.where(sample.malicious, 2, sample.rare.astype(int))
+    said = np.where(said_malicious, 2, sample.rare.astype(int))
+    n = int(sample.account.max()) + 1
+    table = np.empty((n, 3, 3))
+    for level in range(3):
+        is_true, is_said = truth == level, said == level
+        for column, days in enumerate((is_true & is_said, is_true, is_said)):
+            table[:, level, column] = np.bincount(sample.account, days, n)
+    return table
+
+
+def _macro_f1(totals: np.ndarray) -> np.ndarray:
+    """Macro-F1 of summed tallies, shape (..., levels, 3); a level that never occurs counts 1.
+
+    >>> float(_macro_f1(np.array([[8, 8, 8], [0, 0, 0], [1, 2, 2]])).round(3))
+    0.833
+    """
+    hits, true, said = np.moveaxis(np.asarray(totals, float), -1, 0)
+    both = true + said
+    return np.where(both > 0, 2 * hits / np.maximum(both, 1), 1.0).mean(axis=-1)
+
+
+def _interval(tallies: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of macro-F1 over accounts."""
+    n = len(tallies)
+    weights = rng.multinomial(n, np.full(n, 1 / n), size=_RESAMPLES).astype(float)
+    scores = _macro_f1((weights @ tallies.reshape(n, -1)).reshape(-1, 3, 3))
+    low, high = np.quantile(scores, [0.025, 0.975])
+    return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class _Optimum:
+    """The optimal rule: malicious where `rule(levels)` reaches `threshold`; and what it claims."""
+
+    rule: _Frequencies
+    threshold: float
+    claim: dict
+
+
+def _optimum(settings: _Settings, seeds: Sequence[int]) -> _Optimum:
+    """Fit on half of the populations, choose the threshold on a quarter, claim on the last."""
+    samples = []
+    for seed in map(int, seeds):
+        cast = _cast(settings, seed)
+        samples.append(_observed(settings, cast, _plan(settings, cast, seed)))
+    half, rest = len(samples) // 2, -(-len(samples) // 4)
+    fitting, choosing, claiming = (_Sample.joined(part) for part in (
+        samples[:half], samples[half:-rest], samples[-rest:]))
+    rule = _Frequencies(fitting.levels, fitting.malicious)
+    chance = rule(choosing.levels)
+    grid = np.round(np.arange(0.05, 0.96, 0.025), 3)
+    scores = [_macro_f1(_tallies(choosing, chance >= cut).sum(axis=0)) for cut in grid]
+    threshold = float(grid[int(np.argmax(scores))])
+    tallies = _tallies(claiming, rule(claiming.levels) >= threshold)
+    low, high = _interval(tallies, generator(settings.seed, "simulate.interval"))
+    hits, true, said = tallies.sum(axis=0)[2]
+    return _Optimum(rule, threshold, {
+        "macro_f1": round(float(_macro_f1(tallies.sum(axis=0))), 4),
+        "macro_f1_interval": [round(low, 4), round(high, 4)],
+        "malicious_f1": round(float(2 * hits / max(1, true + said)), 4),
+        "threshold": threshold,
+        "reference_populations": len(samples),
+        "reference_account_days": len(claiming.malicious),
+    })
 
 
 def _write_truth(folder, settings, cast, plan, names) -> dict:
     others = math.ceil(_REFERENCE_CELLS / (settings.users * settings.days))
-    seeds = generator(settings.seed, "simulate.reference").integers(2**62, size=max(4, min(
-        60, others + others % 2)))
-    samples = []
-    for seed in seeds:
-        reference = _cast(settings, int(seed))
-        samples.append(_observed(settings, _plan(settings, reference, int(seed))))
-    half = len(samples) // 2
-
-    def joined(chosen):
-        return [np.concatenate(column, axis=-1) for column in zip(*chosen, strict=True)]
-
-    fitted = _Frequencies(*joined(samples[:half])[:2])
-    levels, malicious, rare = joined(samples[half:])
-    held_out = fitted(levels)
-    grid = np.round(np.arange(0.05, 0.96, 0.025), 3)
-    scores = [_macro_f1(malicious, rare, held_out >= cut) for cut in grid]
-    threshold = float(grid[int(np.argmax(scores))])
-    said = held_out >= threshold
-    agreed = 2 * np.sum(said & malicious) / max(1, said.sum() + malicious.sum())
-    posterior = _Frequencies(*joined(samples)[:2])
-
+    others = max(4, min(60, others + -others % 4))
+    optimum = _optimum(
+        settings, generator(settings.seed, "simulate.reference").integers(2**62, size=others))
     levels, rare = _visible_cells(settings, plan)
     user, day = np.nonzero(plan.present)
-    chance = posterior(levels[:, user, day])
-    risk = np.where(
-        chance >= threshold, "malicious", np.where(rare[user, day], "suspicious", "normal")
-    )
+    chance = optimum.rule(levels[:, user, day])
+    lower = np.where(rare[user, day], "suspicious", "normal")
+    risk = np.where(chance >= optimum.threshold, "malicious", lower)
+    counted = _counted(cast, plan)[user, day].astype(int)
     ids = names.user.astype(str)
     dates = np.array(
         [(settings.start + timedelta(days=d)).isoformat() for d in range(settings.days)]
     )
-    order = np.lexsort((user, day))
-    _write_lines(folder / "truth" / "optimal.csv", ["user,day,p_malicious,optimal_risk"] + [
-        f"{ids[user[i]]},{dates[day[i]]},{chance[i]:.6f},{risk[i]}" for i in order
+    header = "user,day,p_malicious,optimal_risk,lower_risk,counted"
+    _write_lines(folder / "truth" / "optimal.csv", [header] + [
+        f"{ids[user[i]]},{dates[day[i]]},{chance[i]:.6f},{risk[i]},{lower[i]},{counted[i]}"
+        for i in np.lexsort((user, day))
     ])
     lines = []
     for shown, cause, kind in plan.causes:
@@ -1665,10 +1813,6 @@ def _write_truth(folder, settings, cast, plan, names) -> dict:
     _write_lines(folder / "truth" / "causes.csv", ["user,day,cause,deviation", *sorted(set(lines))])
     ordinary = plan.present & ~plan.incident_days
     return {
-        "macro_f1": round(max(scores), 4),
-        "malicious_f1": round(float(agreed), 4),
-        "threshold": threshold,
+        **optimum.claim,
         "rare_share_of_benign_days": round(float(np.mean(rare[ordinary])), 4),
-        "reference_populations": len(samples),
-        "reference_account_days": len(held_out),
     }
