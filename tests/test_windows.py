@@ -710,6 +710,33 @@ def test_too_many_items_lose_the_least_informative_and_say_so(world):
     assert windows.load(day, few)[0].dropped == len(whole) - 3
 
 
+def kept_events(window, number, worth):
+    """Return the events of a window's `number` most informative items, in their order."""
+    ranked = sorted(window.evidence, key=lambda item: -worth(item))[:number]
+    return [item.events for item in window.evidence if item in ranked]
+
+
+@pytest.mark.parametrize("number", [2, 4])
+def test_a_day_a_prompt_and_the_order_of_informativeness_drop_the_same_items(world, number):
+    table = world["table"]
+    long = [w for w in windows.load(table, world["items"]) if len(w.evidence) > number]
+    assert len(long) > 50
+    few = {w.window_id: w for w in windows.load(table, windows.evidence(
+        world["store"], table, max_items=number, threads=1))}
+    twin = 0
+    for window in long:
+        got = few[window.window_id]
+        assert [item.events for item in got.evidence] == kept_events(
+            window, number, windows.informativeness)
+        shown = prompts.keep_items(window, number)
+        assert [item.events for item in shown.evidence] == [item.events for item in got.evidence]
+        assert shown.dropped == got.dropped
+        assert [item.id for item in got.evidence] == [f"e{i + 1}" for i in range(number)]
+        twin += [item.events for item in got.evidence] != kept_events(
+            window, number, lambda item: -windows.informativeness(item))
+    assert twin > len(long) / 2  # the reversed order keeps others
+
+
 def test_a_roaming_day_is_cut_by_what_is_visible_not_by_its_label(tmp_path):
     release = Release()
     for day in range(12):

@@ -1002,25 +1002,27 @@ _SCENARIO_KINDS = (
     "OR kind = 'email' AND class = 'competitor' "
     "ELSE kind IN ('device', 'file') OR kind = 'http' AND class = 'hack' END"
 )
-# The least informative items go first when a day has too many: by what is visible, never by label.
-_KEEP_RANK = """CASE
-    WHEN kind = 'http' AND class IN ('leak', 'hack') THEN 0
-    WHEN kind = 'file' AND class = 'exe' THEN 1
-    WHEN kind = 'http' AND class = 'job' OR kind = 'email' AND class = 'competitor' THEN 1
-    WHEN kind = 'logon' AND (after_hours OR pc_fact = 'new pc') THEN 2
-    WHEN kind IN ('device', 'file') THEN 2
-    WHEN kind = 'email' AND (recipients > past_max_recipients OR class = 'external') THEN 3
-    WHEN kind = 'logon' AND pc_fact = 'own pc' THEN 3
-    WHEN kind = 'http' AND (after_hours OR class = 'cloud') THEN 4
-    WHEN kind = 'logon' THEN 5 WHEN kind = 'email' THEN 5 WHEN kind = 'http' THEN 6
-    ELSE 7 END"""
+_KIND_WORTH = {"device": 4, "file": 4, "logon": 2, "email": 2, "http": 1, "logoff": 0}
+_DETAIL_WORTH = {"leak": 20, "hack": 20, "exe": 15, "job": 10, "competitor": 10, "cloud": 5,
+                 "external": 2}
+_ROUTINE_FACTS = frozenset({"own pc", "other pc", "usual", "recipients", "attachments"})
+
+
+def informativeness(item: Evidence) -> int:
+    """Return how much an item shows beyond routine: from what its line shows, never the truth.
+
+    Whatever has room for some items only (a day's evidence, a prompt's token budget, a verdict's
+    citations) takes those with the highest number. Reads `kind`, `detail` and `facts`.
+    """
+    odd = sum(fact.lstrip("0123456789 ") not in _ROUTINE_FACTS for fact in item.facts)
+    return 10 * odd + _DETAIL_WORTH.get(item.detail, 0) + _KIND_WORTH.get(item.kind, 1)
 
 
 def _listed(cases: Iterable[str]) -> str:
     return f"list_filter([{', '.join(cases)}]::VARCHAR[], lambda x: x IS NOT NULL)"
 
 
-def _items_sql(max_items: int) -> str:
+def _items_sql() -> str:
     deviations = _listed(
         f"CASE WHEN list_contains(deviations, '{kind}') AND ({rule}) THEN '{kind}' END"
         for kind, rule in _CARRIES.items()
@@ -1064,19 +1066,25 @@ def _items_sql(max_items: int) -> str:
             {features} AS features,
             incident IS NOT NULL AND NOT labelled AND ({_SCENARIO_KINDS}) AS dont_care,
             CASE kind WHEN 'logon' THEN 0 WHEN 'device' THEN 1 WHEN 'file' THEN 2
-                WHEN 'http' THEN 3 WHEN 'email' THEN 4 ELSE 5 END AS kind_order,
-            row_number() OVER (PARTITION BY window_id
-                ORDER BY {_KEEP_RANK}, started, kind, class, place) AS kept
+                WHEN 'http' THEN 3 WHEN 'email' THEN 4 ELSE 5 END AS kind_order
         FROM known
     )
-    SELECT window_id, 'e' || row_number() OVER (PARTITION BY window_id
-            ORDER BY started, kind_order, class, place, part) AS item,
-        kind, strftime(started, '%H:%M') AS start, strftime(ended, '%H:%M') AS "end", pc, detail,
-        n, facts, event_ids, labelled, dont_care, deviation, features,
-        (total - least(total, {int(max_items)}))::INT AS dropped
-    FROM (SELECT *, count(*) OVER (PARTITION BY window_id) AS total FROM described)
-    WHERE kept <= {int(max_items)}
+    SELECT window_id, kind, strftime(started, '%H:%M') AS start, strftime(ended, '%H:%M') AS "end",
+        pc, detail, n, facts, event_ids, labelled, dont_care, deviation, features
+    FROM described ORDER BY window_id, started, kind_order, class, place, part
     """
+
+
+def _most_informative(items: pd.DataFrame, max_items: int) -> pd.DataFrame:
+    """Return at most `max_items` items of each window, numbered in time order; `dropped` counts."""
+    items = items.assign(worth=[informativeness(item) for item in items.itertuples()])
+    ranked = items.sort_values("worth", ascending=False, kind="stable")
+    kept = ranked.groupby("window_id").head(max_items).sort_index()
+    total = items.groupby("window_id").size()
+    number = kept.groupby("window_id").cumcount() + 1
+    return kept.assign(
+        item="e" + number.astype(str),
+        dropped=(kept["window_id"].map(total) - max_items).clip(lower=0).astype("int32"))
 
 
 def evidence(
@@ -1130,12 +1138,10 @@ def evidence(
                                f"WHERE user IN ({listed})")
             connection.execute(_EVENTS_SQL)
             connection.execute(_PCS_SQL)
-            frames.append(connection.execute(_items_sql(max_items)).df())
+            frames.append(_most_informative(connection.execute(_items_sql()).df(), max_items))
             if progress is not None:
                 progress(done, len(passes))
-    frame = pd.concat(frames, ignore_index=True)
-    frame["number"] = frame["item"].str[1:].astype(int)
-    frame = frame.sort_values(["window_id", "number"], ignore_index=True)
+    frame = pd.concat(frames).sort_values("window_id", kind="stable", ignore_index=True)
     for name in ("facts", "event_ids", "deviation", "features"):
         frame[name] = [list(values) for values in frame[name]]
     frame["pc"] = frame["pc"].fillna("")
