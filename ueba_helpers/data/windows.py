@@ -1002,7 +1002,7 @@ _SCENARIO_KINDS = (
     "OR kind = 'email' AND class = 'competitor' "
     "ELSE kind IN ('device', 'file') OR kind = 'http' AND class = 'hack' END"
 )
-_KIND_WORTH = {"device": 4, "file": 4, "logon": 2, "email": 2, "http": 1, "logoff": 0}
+KIND_WORTH = {"device": 4, "file": 4, "logon": 2, "email": 2, "http": 1, "logoff": 0}
 _DETAIL_WORTH = {"leak": 20, "hack": 20, "exe": 15, "job": 10, "competitor": 10, "cloud": 5,
                  "external": 2}
 _ROUTINE_FACTS = frozenset({"own pc", "other pc", "usual", "recipients", "attachments"})
@@ -1015,7 +1015,7 @@ def informativeness(item: Evidence) -> int:
     citations) takes those with the highest number. Reads `kind`, `detail` and `facts`.
     """
     odd = sum(fact.lstrip("0123456789 ") not in _ROUTINE_FACTS for fact in item.facts)
-    return 10 * odd + _DETAIL_WORTH.get(item.detail, 0) + _KIND_WORTH.get(item.kind, 1)
+    return 10 * odd + _DETAIL_WORTH.get(item.detail, 0) + KIND_WORTH.get(item.kind, 1)
 
 
 def _listed(cases: Iterable[str]) -> str:
