@@ -172,8 +172,9 @@ _PROFILES = (
         sft_all=SFTSettings(examples=192, epochs=1, batch_size=8),
         **_rl(steps=4, prompts_per_step=4, num_generations=4, micro_batch_prompts=4, save_steps=2,
               critic_warmup_steps=1),
-        minutes={"data": 0.3, "04_sft_and_model_selection": 0.5, "05_ppo_training": 0.5,
-                 "06_grpo_training": 0.5, "07_comparison": 0.4, "other": 0.25},
+        minutes={"data": 0.3, "03_reward_design": 0.7, "04_sft_and_model_selection": 0.3,
+                 "05_ppo_training": 0.5, "06_grpo_training": 0.4, "07_comparison": 0.4,
+                 "other": 0.25},
         least_limit_minutes=5.0,
     ),
     Profile(
@@ -183,12 +184,12 @@ _PROFILES = (
         policy=PolicySettings(max_prompt_tokens=320),
         sft=SFTSettings(examples=2000, epochs=3, batch_size=8, learning_rate=3e-3,
                         downgrade=0.35),
-        sft_all=SFTSettings(examples=6000, epochs=1, batch_size=8, learning_rate=1e-3),
+        sft_all=SFTSettings(examples=8000, epochs=1, batch_size=8, learning_rate=1e-3),
         **_rl(steps=100, learning_rate=3e-4, save_steps=25, critic_warmup_steps=10),
         max_items=8,
-        minutes={"data": 2.0, "00_start_here": 0.5, "04_sft_and_model_selection": 6.0,
-                 "05_ppo_training": 5.0, "06_grpo_training": 4.0, "07_comparison": 2.0,
-                 "other": 0.7},
+        minutes={"data": 2.0, "00_start_here": 0.5, "03_reward_design": 5.0,
+                 "04_sft_and_model_selection": 4.0, "05_ppo_training": 5.0,
+                 "06_grpo_training": 4.0, "07_comparison": 2.5, "other": 0.6},
         least_limit_minutes=30.0,  # a shared machine may be several times slower
     ),
     Profile(

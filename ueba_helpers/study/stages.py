@@ -336,7 +336,8 @@ class Study:
                 trained = recipes.METHODS[method](
                     start, folder.path, self.rows(self.training_windows("rl")), settings,
                     self.profile.policy, held_out=self._watched(),
-                    evaluate_every=max(1, settings.steps // 6), on_held_out=held_out.write,
+                    evaluate_every=max(1, settings.steps // (4 if exhibit else 6)),
+                    on_held_out=held_out.write,
                     on_completions=lambda rows: folder.add_completions(
                         rows, resumed_step=earlier.pop() if earlier else None))
             else:

@@ -548,9 +548,10 @@ REWARD_SETS: dict[str, tuple[tuple[RewardFunction, float], ...]] = {
     "ueba_think": (*UEBA_TERMS, (think_language, 0.05), (think_length, 0.1)),
 }
 
-# What a policy may be trained on: the sets, and each broken reward by itself.
+# What a policy may be trained on: the sets, and for exhibits each broken reward by itself.
 TRAINABLE: dict[str, tuple[tuple[RewardFunction, float], ...]] = {
-    **REWARD_SETS, **{name: ((reward, 1.0),) for name, reward in BROKEN_REWARDS.items()}}
+    **REWARD_SETS, "reasoning_length": ((reasoning_reward, 1.0),),
+    **{name: ((reward, 1.0),) for name, reward in BROKEN_REWARDS.items()}}
 
 
 def reward_terms(completions: Sequence[Completion], *, reward_set: str = "ueba",
