@@ -60,6 +60,17 @@ def test_a_single_seed_is_drawn_without_a_band_and_says_so(ax):
     assert legend(ax)[0] == "ppo (1 seed, no interval)"
 
 
+def test_panels_share_one_legend_and_keep_their_limits():
+    axes = figures.learning_panels([
+        (history(), "reward", None, (-1, 2)), (history(), "explained_variance", "EV", None),
+        (history(), "reward", "again", None), (history(), "reward", "last", None)], x="step")
+    assert [ax.get_ylabel() for ax in axes] == ["Mean reward", "EV", "again", "last"]
+    assert axes[0].get_ylim() == (-1, 2) != axes[2].get_ylim()
+    assert [ax.get_legend() is None for ax in axes] == [False, True, True, True]
+    assert [ax.axison for ax in axes[0].figure.axes] == [True] * 4 + [False] * 2
+    np.testing.assert_allclose(axes[1].lines[-1].get_ydata(), np.arange(5) / 10 - 0.2)
+
+
 def test_explained_variance_shows_its_landmarks(ax):
     figures.explained_variance(history(methods=("ppo",)), ax=ax)
     flat = {line.get_ydata()[0] for line in ax.lines if len(set(line.get_ydata())) == 1}
@@ -91,6 +102,8 @@ def test_token_heatmap_colours_every_token_by_the_sign_of_its_value(ax):
     assert {box.get_y() for box in boxes} == {0, 1}  # the line broke at 12 characters
     with pytest.raises(UserError, match="one number per token"):
         figures.token_heatmap(tokens, [1, 2])
+    odd = figures.token_heatmap(["\n", "\u65e5x", "\ufffd"], [0, 1, 2])
+    assert [text.get_text() for text in odd.texts] == ["⏎", "·x", "·"]
 
 
 # ------------------------------------------------------------------ evaluation

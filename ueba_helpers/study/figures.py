@@ -102,6 +102,29 @@ def learning_curves(history: pd.DataFrame, metric: str, *, x: str = "completions
     return _clean(ax)
 
 
+def learning_panels(panels: Sequence[tuple], *, x: str = "completions",
+                    columns: int = 3) -> np.ndarray:
+    """Draw several metrics side by side; return their axes, row by row, with one legend.
+
+    `panels` holds (history, metric, label, limits of the axis): see `learning_curves`. A label of
+    None is the metric's own, limits of None are found from the data.
+    """
+    rows = -(-len(panels) // columns)
+    _, grid = plt.subplots(rows, columns, figsize=(4 * columns, 3 * rows), layout="constrained",
+                           squeeze=False)
+    for ax in grid.flat[len(panels):]:
+        ax.set_axis_off()
+    axes = grid.flatten()[:len(panels)]
+    for ax, (history, metric, label, limits) in zip(axes, panels, strict=True):
+        learning_curves(history, metric, x=x, label=label, ax=ax)
+        if limits is not None:
+            ax.set_ylim(limits)
+        ax.yaxis.label.set_size("small")
+        if ax is not axes[0]:
+            ax.get_legend().remove()
+    return axes
+
+
 def explained_variance(history: pd.DataFrame, *, x: str = "step", by: str = "method",
                        column: str = "explained_variance", ax: Axes | None = None) -> Axes:
     """Draw the critic's explained variance with its two landmarks: 1 is perfect, 0 a constant."""
@@ -156,7 +179,7 @@ def token_heatmap(tokens: Sequence[Sequence[str]] | Sequence[str], values, *,
 
     `tokens`: one list of strings, or several completions; `values`: numbers of the same shape.
     Blue is below zero, red above, on a scale symmetric about zero up to `limit`. A line holds
-    `width` characters.
+    `width` characters; what no font is sure to have is shown as a dot.
     """
     if tokens and isinstance(tokens[0], str):
         tokens, values = [tokens], [values]
@@ -194,6 +217,7 @@ def _wrapped(tokens: Sequence[str], width: int) -> list[tuple[int, int, str]]:
     placed, line, column = [], 0, 0
     for token in tokens:
         text = token.replace("\n", "⏎").replace("Ġ", " ") or "∅"
+        text = "".join(c if c.isascii() and c.isprintable() or c in "⏎∅" else "·" for c in text)
         if column and column + len(text) > width:
             line, column = line + 1, 0
         placed.append((line, column, text))
