@@ -26,7 +26,15 @@ from dataclasses import replace
 from urllib.parse import quote, unquote
 
 from ueba_helpers.data.cert import WEB_CATEGORIES
-from ueba_helpers.data.windows import FEATURES, PAST_FEATURES, WEEK_FEATURES, Evidence, Window
+from ueba_helpers.data.windows import (
+    FEATURES,
+    KIND_WORTH,
+    PAST_FEATURES,
+    WEEK_FEATURES,
+    Evidence,
+    Window,
+    informativeness,
+)
 from ueba_helpers.errors import UserError
 from ueba_helpers.task.verdicts import RISKS, format_section, render_verdict
 
@@ -38,7 +46,6 @@ SIMULATED_KEY = "study"  # public on purpose: behind simulated accounts there is
 
 _DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 _FIELD_CHARS = 28
-_KIND_RANK = {"device": 4, "file": 4, "logon": 2, "email": 2, "http": 1, "logoff": 0}
 
 # What `data.windows` may write into an item, by kind of item; a fact about the host stands first.
 _HABIT = "first time|rare|usual"
@@ -72,9 +79,6 @@ _ORGANISATION = """
     Worker
 """
 _LABEL = re.compile("unknown|(?:[0-9] - )?(?:" + "|".join(_ORGANISATION.split()) + "){1,4}")
-_ROUTINE = frozenset({"own pc", "other pc", "usual", "recipients", "attachments"})
-_TELLING_DETAILS = {"leak": 20, "hack": 20, "exe": 15, "job": 10, "competitor": 10, "cloud": 5,
-                    "external": 2}
 _FORGED = re.compile(r"(?i)(?<![a-z0-9])(?:e|x|pc-?|a-)(?=[0-9])|(?i:a)(?=-[a-z2-7]{4}\b)")
 
 
@@ -132,7 +136,7 @@ def _id(item: Evidence) -> str:
 
 
 def _kind(item: Evidence) -> str:
-    return _own(item.kind, item.kind in _KIND_RANK)
+    return _own(item.kind, item.kind in KIND_WORTH)
 
 
 def _on_own_pc(item: Evidence) -> bool:
@@ -258,12 +262,6 @@ def window_messages(window: Window, *, max_items: int = MAX_ITEMS,
         lines.append(f"{int(window.dropped)} more left out")
     system = format_section(style=style, list_features=list_features)
     return [{"role": "system", "content": system}, {"role": "user", "content": "\n".join(lines)}]
-
-
-def informativeness(item: Evidence) -> int:
-    """Return how much an item shows beyond routine: from what its line shows, never the truth."""
-    odd = sum(re.sub("^[0-9]+ ", "", fact) not in _ROUTINE for fact in item.facts)
-    return 10 * odd + _TELLING_DETAILS.get(item.detail, 0) + _KIND_RANK.get(item.kind, 1)
 
 
 def keep_items(window: Window, max_items: int) -> Window:
