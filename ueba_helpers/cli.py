@@ -210,6 +210,12 @@ def _print_report(study, stages, chosen, options, outcomes, report, pipeline) ->
     absent = [name for name in names if name not in made]
     if absent:
         warnings.append(f"Without an up-to-date result: {', '.join(absent)}.")
+    samples = study / "data" / "samples.json"
+    if samples.exists():  # what the reader must know before trusting a result
+        warnings += [f"Data: {line}" for line in
+                     json.loads(samples.read_text(encoding="utf-8"))["warnings"]]
+    for line in warnings:
+        _say(f"warning: {line}")
     data = options.data or "a simulated organisation"
     path = report.build_report(
         study, made, warnings=warnings,

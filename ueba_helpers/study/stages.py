@@ -38,7 +38,7 @@ from ueba_helpers.study.runs import (
 from ueba_helpers.task import baselines, prompts
 
 SPLITS = ("dev", "test")
-CLASSICAL = ("rules", "keyword", "isolation_forest", "logistic_regression", "gradient_boosting")
+CLASSICAL = baselines.DETECTORS
 GBOOST_SAME = "gradient_boosting_same_windows"  # trained on exactly the policy's windows
 POLICIES = ("sft", "sft_all", "ppo", "grpo")
 
