@@ -310,7 +310,7 @@ class Study:
                          "base": Path(self.base_policy).name}
         if method != "sft":
             configuration["start"] = self.run("sft").name
-        name = f"exhibit-{method}" if exhibit else method
+        name = f"exhibit_{method}" if exhibit else method
         folder = RunFolder.open(self.path, name, configuration=configuration, seed=self.seed,
                                 data=data_hash(self.profile, seed=self.seed, data=self.data),
                                 simulated=not self.data)
