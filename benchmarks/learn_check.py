@@ -1,9 +1,10 @@
 """Is learning real? SFT start, PPO and GRPO over several seeds, with intervals over seeds.
 
-    python benchmarks/learn_check.py --profile laptop --seeds 0 1 2 --runs runs
+    python benchmarks/learn_check.py --profile laptop --seeds 1 2 3 --runs runs
 
 Each seed is a study of its own: another simulated organisation, another split, other training
-randomness. Judged on the dev sample of held-out users (the test users stay closed). Asked for:
+randomness. Judged on the dev sample of held-out users (the test users stay closed). Seed 0 is left
+out by default: the settings were chosen on its organisation. Asked for:
 the SFT start gives at least 0.97 valid verdicts; PPO and GRPO each gain at least 0.05 macro-F1
 over it; macro-F1 and the mean reward of valid verdicts both rise, with 95 % Student intervals over
 seeds above zero. Exits 1 where one of these does not hold. Complete runs are reused.
@@ -49,10 +50,12 @@ def judged(study: Study, method: str) -> dict:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--profile", default="laptop")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--runs", default="runs")
     parser.add_argument("--out", default="benchmarks/results/learn_check.json")
     args = parser.parse_args()
+    if len(set(args.seeds)) < 2:
+        parser.error("an interval over seeds needs at least two different ones")
     per_seed = {}
     for seed in args.seeds:
         study = open_study(args.profile, seed, "", args.runs)
