@@ -30,7 +30,9 @@ LINE = {
 @pytest.fixture(scope="module")
 def release(tmp_path_factory):
     folder = tmp_path_factory.mktemp("simulated") / "r4.2"
-    summary = simulate.simulate(folder, users=USERS, days=DAYS, insiders=INSIDERS, seed=5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(simulate, "_REFERENCE_CELLS", 100_000)
+        summary = simulate.simulate(folder, users=USERS, days=DAYS, insiders=INSIDERS, seed=5)
     return folder, summary
 
 
