@@ -1929,12 +1929,14 @@ class Store:
         files of that part. A log that the release lacks is an empty view with the right columns.
         """
         connection = _connect(memory_limit, threads, None)
-        with _mendable(self.root, memory_limit):
+        with _mendable(self.root, memory_limit), contextlib.ExitStack() as failed:
+            failed.callback(connection.close)
             for log in LOGS:
                 connection.execute(f"CREATE VIEW {log} AS {self._events(log)}")
             for name in SMALL_TABLES:
                 file = _quote(self.root / f"{name}.parquet")
                 connection.execute(f"CREATE VIEW {name} AS SELECT * FROM read_parquet({file})")
+            failed.pop_all()
         return connection
 
     def _events(self, log: str) -> str:
