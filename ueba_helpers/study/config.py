@@ -172,7 +172,7 @@ _PROFILES = (
         sft_all=SFTSettings(examples=192, epochs=1, batch_size=8),
         **_rl(steps=4, prompts_per_step=4, num_generations=4, micro_batch_prompts=4, save_steps=2,
               critic_warmup_steps=1),
-        minutes={"data": 0.3, "03_reward_design": 0.7, "04_sft_and_model_selection": 0.3,
+        minutes={"data": 0.4, "03_reward_design": 0.7, "04_sft_and_model_selection": 0.3,
                  "05_ppo_training": 0.5, "06_grpo_training": 0.4, "07_comparison": 0.4,
                  "other": 0.25},
         least_limit_minutes=5.0,
@@ -187,9 +187,10 @@ _PROFILES = (
         sft_all=SFTSettings(examples=8000, epochs=1, batch_size=8, learning_rate=1e-3),
         **_rl(steps=100, learning_rate=3e-4, save_steps=25, critic_warmup_steps=10),
         max_items=8,
-        minutes={"data": 2.0, "00_start_here": 0.5, "03_reward_design": 5.0,
+        minutes={"data": 1.0, "00_start_here": 0.5, "03_reward_design": 5.0,
                  "04_sft_and_model_selection": 4.0, "05_ppo_training": 5.0,
-                 "06_grpo_training": 4.0, "07_comparison": 2.5, "other": 0.6},
+                 "06_grpo_training": 4.0, "07_comparison": 2.5, "09_error_analysis": 1.5,
+                 "other": 0.4},
         least_limit_minutes=30.0,  # a shared machine may be several times slower
     ),
     Profile(

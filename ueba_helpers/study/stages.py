@@ -23,7 +23,7 @@ from ueba_helpers.data.files import write_json
 from ueba_helpers.data.records import append_row, cut_rows
 from ueba_helpers.data.windows import Window
 from ueba_helpers.errors import UserError
-from ueba_helpers.study import evaluation
+from ueba_helpers.study import evaluation, pseudonyms
 from ueba_helpers.study.config import Profile, check_device
 from ueba_helpers.study.config import profile as profile_named
 from ueba_helpers.study.runs import (
@@ -218,6 +218,11 @@ class Study:
 
     # -- prompts ------------------------------------------------------------------------------
 
+    @functools.cached_property
+    def pseudonym_key(self) -> str:
+        """The key of this study's account codes: a secret where the accounts are real."""
+        return pseudonyms.study_key(self.home, simulated=not self.data)
+
     def _loaded(self, table: pd.DataFrame) -> list[Window]:
         unique = table.drop_duplicates("window_id")
         items = self.items[self.items["window_id"].isin(unique["window_id"])]
@@ -237,7 +242,7 @@ class Study:
 
         made = prompts.prompt_dataset(
             self._loaded(unique), max_items=self.profile.max_items, count_tokens=count_tokens,
-            budget=self.profile.policy.max_prompt_tokens)
+            budget=self.profile.policy.max_prompt_tokens, pseudonym_key=self.pseudonym_key)
         by_id = dict(zip(unique["window_id"], made, strict=True))
         return [by_id[name] for name in table["window_id"]]
 
@@ -259,7 +264,8 @@ class Study:
         shown = [prompts.keep_items(window, len(row["evidence_ids"]))
                  for window, row in zip(self._loaded(table), rows, strict=True)]
         return [{**row, "completion": prompts.target_verdict(
-                    window, risk=risk, max_items=self.profile.max_items)}
+                    window, risk=risk, max_items=self.profile.max_items,
+                    pseudonym_key=self.pseudonym_key)}
                 for row, window, risk in zip(rows, shown, said, strict=True)]
 
     # -- policies -----------------------------------------------------------------------------
@@ -280,7 +286,7 @@ class Study:
     def _tokenizer_texts(self) -> list[str]:
         """Training users' prompts and verdicts; no other text shapes the tokenizer."""
         loaded = self._loaded(self.training_windows("cold").drop_duplicates("window_id"))
-        options = {"max_items": self.profile.max_items}
+        options = {"max_items": self.profile.max_items, "pseudonym_key": self.pseudonym_key}
         return [text for window in loaded for text in (
             *(message["content"] for message in prompts.window_messages(window, **options)),
             prompts.target_verdict(window, **options))]
@@ -310,6 +316,8 @@ class Study:
                          "base": Path(self.base_policy).name}
         if method != "sft":
             configuration["start"] = self.run("sft").name
+        if self.data:
+            configuration["pseudonyms"] = pseudonyms.fingerprint(self.pseudonym_key)
         name = f"exhibit_{method}" if exhibit else method
         folder = RunFolder.open(self.path, name, configuration=configuration, seed=self.seed,
                                 data=data_hash(self.profile, seed=self.seed, data=self.data),
