@@ -71,7 +71,8 @@ def tables(store: Path) -> dict[str, list[tuple]]:
 
 
 def lenient(release: Path, store: Path, **options) -> dict:
-    return cert.ingest(release, store, max_quarantine_share=1.0, threads=1, **options)
+    return cert.ingest(release, store, max_quarantine_share=1.0, allow_truncated=True, threads=1,
+                       **options)
 
 
 def accounted(part: dict) -> bool:
@@ -386,6 +387,16 @@ def test_what_is_missing_but_not_needed_is_a_warning(folder, tmp_path, missing, 
         rows_of(tmp_path / "store", f"SELECT count(*) FROM {name}")
 
 
+@pytest.mark.parametrize("last, told", [
+    ("2010-04", []), ("2010-05", ["2010-04.csv"]), ("2010-06", ["2010-04.csv, 2010-05.csv"]),
+])
+def test_months_missing_between_the_first_and_the_last_are_named(folder, tmp_path, last, told):
+    shutil.copy(folder / "LDAP" / "2010-03.csv", folder / "LDAP" / f"{last}.csv")
+    warnings = cert.ingest(folder, tmp_path / "store")["warnings"]
+    named = [warning for warning in warnings if "between the first and the last" in warning]
+    assert [line.split(": ")[1].split(" missing")[0] for line in named] == told
+
+
 def test_a_missing_log_is_an_empty_view_with_the_same_columns(folder, tmp_path):
     cert.ingest(folder, tmp_path / "full")
     for log in cert.LOGS[1:]:
@@ -542,6 +553,64 @@ def test_a_file_cut_inside_its_last_line_loses_that_row_only_and_says_so(folder,
         "users": 0, "read": ROWS, "stored": ROWS - 1, "quarantined": 1,
     }
     assert [row["line"] for row in quarantined(tmp_path / "store")] == [str(ROWS + 1)]
+
+
+def cut(path: Path, length: int, *, pack: bool) -> Path:
+    """Drop the last bytes of a file, and pack it if told so; return where it is then."""
+    data = path.read_bytes()[:-length]
+    if not pack:
+        path.write_bytes(data)
+        return path
+    path.unlink()
+    packed = path.parent / f"{path.name}.gz"
+    packed.write_bytes(gzip.compress(data))
+    return packed
+
+
+CUT_FILES = [
+    ("logon.csv", 4, "the file ends within a row"),
+    ("http.csv", 30, "the file ends with"),
+    ("http.csv", 1, "the file ends without a line end"),  # the text may go on
+    ("file.csv", 60, "the file ends within a row"),
+    ("LDAP/2010-03.csv", 40, "the file ends within a row"),
+    ("answers/r4.2-1/r4.2-1-AAA0001.csv", 30, "the file ends within a row"),
+]
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("name, length, words", CUT_FILES)
+def test_a_file_that_ends_within_a_row_is_refused_unless_told_otherwise(
+    folder, tmp_path, name, length, words, pack
+):
+    path = cut(folder / name, length, pack=pack)
+    n_line_ends = (gzip.decompress if pack else bytes)(path.read_bytes()).count(b"\n")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError) as refused:
+        cert.ingest(folder, tmp_path / "store", max_quarantine_share=1.0)
+    message = str(refused.value)
+    assert f"{path}: line {n_line_ends + 1}: {words}" in message
+    assert "--allow-truncated" in message and "--data STORE" in message
+    assert sorted(tmp_path.iterdir()) == before
+    manifest = lenient(folder, tmp_path / "store")
+    assert len(quarantined(tmp_path / "store")) == manifest["rows"]["quarantined"] == 1
+    assert all(map(accounted, [*manifest["logs"].values(), manifest["tables"]["answers"]]))
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_complete_last_row_without_a_line_end_is_not_refused(folder, tmp_path, pack):
+    """The broken twin of a cut file: only the line end is gone, and every row is stored."""
+    for name in ("logon.csv", "answers/r4.2-1/r4.2-1-AAA0001.csv"):
+        cut(folder / name, 1, pack=pack)
+    manifest = cert.ingest(folder, tmp_path / "store")
+    assert manifest["logs"]["logon"]["stored"] == ROWS
+    assert manifest["rows"]["quarantined"] == 0
+
+
+def test_a_repeated_last_row_without_a_line_end_is_not_taken_for_a_cut_one(folder, tmp_path):
+    path = folder / "logon.csv"
+    path.write_bytes(path.read_bytes() + path.read_bytes().splitlines()[-1])
+    manifest = cert.ingest(folder, tmp_path / "store", max_quarantine_share=0.5)
+    assert manifest["logs"]["logon"]["quarantined"] == 1
 
 
 # --- bad rows -------------------------------------------------------------------------------------
@@ -929,9 +998,9 @@ def test_the_folder_above_the_release_is_met_with_a_hint(folder, tmp_path):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"memory_limit": "much"}, "memory_limit 'much' is not a size"),
-        ({"threads": 0}, "threads must be at least 1"),
-        ({"max_quarantine_share": 2}, "max_quarantine_share must be within 0 and 1"),
+        ({"memory_limit": "much"}, "--memory-limit 'much' is not a size"),
+        ({"threads": 0}, "--threads must be at least 1"),
+        ({"max_quarantine_share": 2}, "--max-bad must be within 0 and 1"),
         ({"buckets": 0}, "buckets must be within 1 and 100"),
     ],
 )

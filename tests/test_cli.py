@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ import pytest
 from ueba_helpers import cli
 from ueba_helpers.errors import UserError
 from ueba_helpers.rl.settings import PolicySettings
-from ueba_helpers.study import pipeline, runs
+from ueba_helpers.study import pipeline, runs, stages
 from ueba_helpers.study.config import profile
 from ueba_helpers.study.pipeline import Stage, stage_environment
 from ueba_helpers.study.report import COMPARISON_COLUMNS
@@ -94,6 +95,7 @@ def test_a_dry_run_writes_nothing(toy_study, capsys):
     (["estimate", "--profile", "huge"], "Unknown profile 'huge'"),
     (["ingest", "/no/such/r4.2", "--out", "store"], "/no/such/r4.2"),
     (["simulate", "out", "--users", "3"], "users"),
+    (["simulate", os.devnull + "/x"], f"{os.devnull}/x: cannot be written"),
 ])
 def test_a_mistake_gives_one_message_and_status_two(arguments, message, capsys, tmp_path,
                                                     monkeypatch):
@@ -238,8 +240,6 @@ def test_simulate_sweeps_what_a_killed_one_left(tmp_path):
 
 
 def test_ingest_of_another_release_is_refused_and_leaves_no_store(release, tmp_path, capsys):
-    import shutil
-
     copy = tmp_path / "release"
     shutil.copytree(release, copy)
     lines = (copy / "device.csv").read_text().splitlines()
@@ -248,6 +248,66 @@ def test_ingest_of_another_release_is_refused_and_leaves_no_store(release, tmp_p
     assert cli.main(["ingest", str(copy), "--out", str(tmp_path / "store")]) == 2
     assert "device.csv" in capsys.readouterr().err
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("flags, status", [([], 2), (["--allow-truncated"], 0)])
+def test_a_cut_log_stops_the_ingest_unless_its_flag_is_given(release, tmp_path, capsys, flags,
+                                                             status):
+    copy, store = tmp_path / "release", tmp_path / "store"
+    shutil.copytree(release, copy)
+    log = copy / "logon.csv"
+    log.write_bytes(log.read_bytes()[:-4])
+    assert cli.main(["ingest", str(copy), "--out", str(store), *flags]) == status
+    assert ("--allow-truncated" in capsys.readouterr().err) is (status == 2)
+    assert store.exists() is (status == 0)
+
+
+@pytest.mark.parametrize("made", ["release", "store"])
+def test_a_study_of_data_without_answers_stops_before_it_reads_the_logs(release, tmp_path, made,
+                                                                        monkeypatch):
+    given = tmp_path / "without"
+    shutil.copytree(release, given, ignore=shutil.ignore_patterns("answers"))
+    if made == "store":
+        assert cli.main(["ingest", str(given), "--out", str(tmp_path / "store")]) == 0
+        given = tmp_path / "store"
+    monkeypatch.setattr(stages.cert, "ingest", None)
+    with pytest.raises(UserError, match=r"answers/insiders\.csv is missing"):
+        stages.prepare_data("smoke", 0, str(given), str(tmp_path / "runs"))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.fixture(scope="module")
+def small_store(tmp_path_factory):
+    """A simulated release of the size of the smoke profile, and a store made of it."""
+    folder = tmp_path_factory.mktemp("data")
+    assert cli.main(["simulate", str(folder / "r4.2"), "--users", "40", "--days", "60",
+                     "--insiders", "4,4,2", "--web-rate", "0.2"]) == 0
+    assert cli.main(["ingest", str(folder / "r4.2"), "--out", str(folder / "store")]) == 0
+    return folder / "r4.2", folder / "store"
+
+
+def test_a_study_takes_a_store_as_it_is_and_gets_the_windows_of_its_release(small_store, tmp_path,
+                                                                            monkeypatch):
+    release, store = small_store
+    home = stages.prepare_data("smoke", 0, str(release), str(tmp_path / "runs"))
+    monkeypatch.setattr(stages.cert, "ingest", None)
+    taken = stages.prepare_data("smoke", 0, str(store), str(tmp_path / "runs"))
+    assert taken != home and (taken / "store").resolve() == store.resolve()
+    for name in ("splits.parquet", "judged.parquet", "items.parquet", "training.parquet"):
+        pd.testing.assert_frame_equal(pd.read_parquet(taken / name), pd.read_parquet(home / name))
+
+
+def test_the_hash_of_a_store_follows_its_manifest(small_store, tmp_path):
+    _, store = small_store
+    copy = tmp_path / "moved"
+    shutil.copytree(store, copy)
+
+    def named(folder):
+        return runs.data_hash(profile("smoke"), seed=0, data=folder)
+
+    assert named(copy) == named(store)
+    (copy / "manifest.json").write_text((copy / "manifest.json").read_text().replace("r4.2", "r9"))
+    assert named(copy) != named(store)
 
 
 # ------------------------------------------------------------ estimate and doctor

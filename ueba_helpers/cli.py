@@ -106,6 +106,8 @@ def _parser() -> argparse.ArgumentParser:
     ingest.add_argument("--max-bad", type=float, default=0.01, metavar="SHARE",
                         help="share of bad rows in a file that stops the ingest (default 0.01)")
     ingest.add_argument("--allow-empty", action="store_true", help="accept a log without rows")
+    ingest.add_argument("--allow-truncated", action="store_true",
+                        help="put a last row that is cut into quarantine, instead of stopping")
     ingest.add_argument("--json", action="store_true", help="print the manifest as JSON")
 
     estimate = _command(commands, "estimate", _estimate, "say how long a profile will take and "
@@ -126,7 +128,8 @@ def _study_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profile", default="laptop", help="one of " + ", ".join(PROFILES))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", default="", metavar="DIR",
-                        help="folder of the CERT r4.2 CSV files (default: simulate one)")
+                        help="folder of the CERT r4.2 CSV files, or a store that `ueba ingest` "
+                             "made of it (default: simulate one)")
     parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR")
 
 
@@ -243,6 +246,11 @@ def _simulate(options: argparse.Namespace) -> int:
         summary = simulate(options.folder, **sizes, seed=options.seed,
                            label_noise=options.label_noise, web_rate=options.web_rate,
                            content=options.content, progress=_share_told(progress))
+    except BrokenPipeError:  # whoever read the progress has gone
+        raise
+    except OSError as error:
+        raise UserError(f"{options.folder}: cannot be written ({error.filename or ''}: "
+                        f"{error.strerror or error}). Name a folder that can be.") from error
     finally:
         progress.clear()
     if options.json:
@@ -287,7 +295,8 @@ def _ingest(options: argparse.Namespace) -> int:
     try:
         manifest = ingest(options.folder, options.out, memory_limit=options.memory_limit,
                           threads=options.threads, max_quarantine_share=options.max_bad,
-                          allow_empty=options.allow_empty, progress=progress.tick)
+                          allow_empty=options.allow_empty,
+                          allow_truncated=options.allow_truncated, progress=progress.tick)
     finally:
         progress.clear()
     if options.json:

@@ -5,10 +5,11 @@ Comes in: a folder with any of `logon.csv device.csv file.csv email.csv http.csv
 Goes out: a store folder, `events/<log>/bucket=NN/*.parquet` sorted by account and time, the small
 tables, `quarantine.csv` with every refused row, and `manifest.json`, written last. `Store` opens
 it.
-Refuses: other releases (recognised by header and named), wrong or missing headers, empty logs, and
-a log of which more than a stated share of rows is bad. Page and message texts (`content`) are never
-stored, nor whole URLs: of a page, its host, the topic its URL names (decoded) and a category are
-kept. The category is the page's only flag; r4.2 has no column that tells an upload from a visit.
+Refuses: other releases (recognised by header and named), wrong or missing headers, empty logs, a
+file that ends within a row, and a log of which more than a stated share of rows is bad. Page and
+message texts (`content`) are never stored, nor whole URLs: of a page, its host, the topic its URL
+names (decoded) and a category are kept. The category is the page's only flag; r4.2 has no column
+that tells an upload from a visit.
 
 How it stays exact and small. Bytes are cut into lines and fields here, with NumPy, because r4.2 has
 no quotes and no embedded commas: a line with a quote, a control character, bytes that are not UTF-8
@@ -546,6 +547,22 @@ def _find_ldap(folder: Path, found: _Release) -> None:
     if not months:
         raise UserError(f"{ldap}: holds no month file such as 2009-12.csv.")
     found.ldap = [_Source(p, f"LDAP/{p.name}", "ldap", m) for m, p in sorted(months.items())]
+    absent = [month for month in _months(min(months), max(months)) if month not in months]
+    if absent:
+        found.warnings.append(
+            f"LDAP: {', '.join(f'{month}.csv' for month in absent)} missing between the first and"
+            " the last month: the newest month before stands in for it"
+        )
+
+
+def _months(first: str, last: str) -> list[str]:
+    """Return the months from `first` to `last`, both included.
+
+    >>> _months("2009-11", "2010-02")
+    ['2009-11', '2009-12', '2010-01', '2010-02']
+    """
+    low, high = (12 * int(month[:4]) + int(month[5:]) - 1 for month in (first, last))
+    return [f"{n // 12:04d}-{n % 12 + 1:02d}" for n in range(low, high + 1)]
 
 
 def _one_of(folder: Path, name: str, warnings: list[str]) -> Path | None:
@@ -881,6 +898,23 @@ def recognise(release: Path | str) -> str:
         return _recognise(_find(release))
 
 
+def check_answers(data: Path | str) -> None:
+    """Raise `UserError` if a release, or a store made of one, has no answers/insiders.csv."""
+    data = Path(data)
+    if is_store(data):
+        labels = Store(data).manifest["sources"]
+        present = any(label.startswith("answers/insiders.csv") for label in labels)
+    else:
+        with _mendable(data, ""):
+            present = _find(data).insiders is not None
+    if not present:
+        raise UserError(
+            f"{data}: answers/insiders.csv is missing, beside and inside the folder, so no day can"
+            " be labelled. Copy the answers folder of the release to it"
+            + (", and ingest again." if is_store(data) else ".")
+        )
+
+
 def _recognise(found: _Release) -> str:
     named = re.fullmatch(r"r(\d\.\d|\d)", found.folder.resolve().name)
     if named and named[1] not in ("4.2", "4"):
@@ -949,6 +983,14 @@ def _difference(source: _Source, seen: tuple, expected: tuple, *, quoted: bool) 
 # --- the ingest -----------------------------------------------------------------------------------
 
 
+def _or_else(flag: str) -> str:
+    """Return how to be told otherwise: the flag, and how a study comes by what it gives."""
+    return (
+        f"or accept it by `ueba ingest DIR --out STORE {flag}` (a study reads what that writes:"
+        " `ueba study --data STORE`)."
+    )
+
+
 def _quote(value: object) -> str:
     return "'" + str(value).replace("'", "''") + "'"
 
@@ -1012,6 +1054,25 @@ class _Ingest:
             self.warnings.append(f"{source.label}: the last line has no line end; is the file cut?")
         return scan
 
+    def check_end(self, source: _Source, last: int) -> None:
+        """Refuse a file without a final line end of which the row in line `last` is a bad one."""
+        found = self.connection.execute(
+            "SELECT reason FROM quarantine WHERE file = ? AND line = ?"
+            " AND NOT contains(reason, 'occurs earlier')", [source.label, last]
+        ).fetchone()
+        if found is None or self.options["allow_truncated"]:
+            return
+        if found[0] == _reason(_TAIL, 0, 0):
+            raise UserError(
+                f"{source.path}: line {last}: the file ends without a line end, so its last row may"
+                " be cut: copy it again, end the line if it is whole,"
+                f" {_or_else('--allow-truncated')}"
+            )
+        raise UserError(
+            f"{source.path}: line {last}: the file ends within a row, so the copy is not complete:"
+            f" copy it again, {_or_else('--allow-truncated')}"
+        )
+
     def used(self, source: _Source, before: os.stat_result, sha256: str) -> None:
         """Note the file that was read, as it was before; refuse it if it changed meanwhile."""
         after = source.path.stat()
@@ -1036,7 +1097,7 @@ class _Ingest:
         if read == 0 and not self.options["allow_empty"]:
             raise UserError(
                 f"{source.path}: holds no rows after its header. Copy it again, remove the file if"
-                " the log is meant to be absent, or allow empty logs."
+                f" the log is meant to be absent, {_or_else('--allow-empty')}"
             )
         if read == 0:
             self.warnings.append(f"{source.label}: holds no rows")
@@ -1050,8 +1111,7 @@ class _Ingest:
         detail = "; ".join(f"{n:,} x {why} (first: line {line})" for why, n, line in reasons)
         raise UserError(
             f"{source.path}: {bad:,} of {read:,} rows ({bad / read:.1%}) are bad, more than the"
-            f" {self.share:.1%} allowed: {detail}. Mend the file, or raise the allowed share of"
-            " quarantined rows."
+            f" {self.share:.1%} allowed: {detail}. Mend the file, {_or_else('--max-bad SHARE')}"
         )
 
     # the five logs
@@ -1072,6 +1132,8 @@ class _Ingest:
             bad = self.quarantine(
                 source, f"SELECT line, reason, text FROM {_parquet(stage / 'bucket=-1')}"
             )
+        if scan.unended:
+            self.check_end(source, scan.rows + 1)
         bad += self.duplicates(source, table, stage, scan.rows, bad)
         self.check_share(source, scan.rows, bad)
         columns, joined = ", ".join(f'"{column}"' for column, _ in table.stored), ""
@@ -1208,6 +1270,8 @@ class _Ingest:
             source, "SELECT line, reason, coalesce(text, '') AS text FROM part WHERE reason"
             " IS NOT NULL"
         )
+        if scan.unended:
+            self.check_end(source, scan.rows + 1)
         self.check_share(source, scan.rows, bad)
         columns = ", ".join(f'"{name}"' for name, _ in table.stored)
         self.connection.execute(
@@ -1268,7 +1332,7 @@ class _Ingest:
         counts = {"read": 0, "stored": 0, "quarantined": 0, "other_releases": 0}
         header = ["dataset", "scenario", "details", "user", "start", "end"]
         if source is not None:
-            lines, n_lines = self.small_lines(source)
+            lines, n_lines, unended = self.small_lines(source)
             if not lines or _cells(lines[0]) != header:
                 raise UserError(
                     f"{source.path}, line 1: wrong header; r4.2 has {','.join(header)!r}."
@@ -1288,6 +1352,8 @@ class _Ingest:
                 rows.append((cells[3], int(cells[1]), _date(cells[4]), _date(cells[5])))
                 known.append((cells[3], int(cells[1]), cells[2]))
             counts["stored"] = len(rows)
+            if unended:
+                self.check_end(source, n_lines)
             _assert_accounted(source, counts["read"], len(rows) + counts["other_releases"],
                               counts["quarantined"])
             if counts["quarantined"]:
@@ -1302,7 +1368,7 @@ class _Ingest:
     def read_answers(self, source: _Source, insider: str, scenario: int) -> tuple[list, int]:
         """Return the good rows of one answer file, and how many rows it has."""
         good, bad, seen = [], 0, set()
-        lines, read = self.small_lines(source)
+        lines, read, unended = self.small_lines(source)
         for number, line in enumerate(lines, start=1):
             cells = [cell.strip() for cell in line.split(",", 5)]
             problem = _answer_problem(cells)
@@ -1315,12 +1381,15 @@ class _Ingest:
                 log, identity, date, user, pc = cells[:5]
                 good.append((insider, scenario, log, identity, _date(date), user, pc))
                 seen.add((log, identity))
+        if unended:
+            self.check_end(source, read)
         _assert_accounted(source, read, len(good), bad)
         self.check_share(source, read, bad)
         return good, read
 
-    def small_lines(self, source: _Source) -> tuple[list[str], int]:
-        """Return the lines of a file, and their number counted from its bytes."""
+    def small_lines(self, source: _Source) -> tuple[list[str], int, bool]:
+        """Return a file's lines, their number counted from its bytes, and if the last has no end.
+        """
         before = source.path.stat()
         reader = _Reader(source)
         try:
@@ -1328,11 +1397,12 @@ class _Ingest:
             self.used(source, before, reader.sha256())
         finally:
             reader.close()
-        count = data.count(b"\n") + (not data.endswith(b"\n") and data != b"")
+        unended = not data.endswith(b"\n") and data != b""
+        count = data.count(b"\n") + unended
         text = data.removeprefix(codecs.BOM_UTF8).decode("utf-8", "backslashreplace")
         lines = text.split("\n")
         lines = [line.removesuffix("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]
-        return lines, count
+        return lines, count, unended
 
     def refuse(self, source: _Source, line: int, reason: str, text: str) -> None:
         self.connection.execute(
@@ -1613,16 +1683,17 @@ def _assert_accounted(source: _Source, read: int, stored: int, quarantined: int)
 
 def _connect(memory_limit: str, threads: int, spill: Path | None) -> duckdb.DuckDBPyConnection:
     if threads < 1:
-        raise UserError(f"threads must be at least 1, got {threads}.")
+        raise UserError(f"--threads must be at least 1, got {threads}.")
     connection = duckdb.connect()
     try:
         connection.execute(f"SET memory_limit = {_quote(memory_limit)}")
     except duckdb.Error as error:
         connection.close()
         raise UserError(
-            f"memory_limit {memory_limit!r} is not a size; write it like 1GB or 800MB."
+            f"--memory-limit {memory_limit!r} is not a size; write it like 1GB or 800MB."
         ) from error
     connection.execute(f"SET threads = {int(threads)}")
+    connection.execute("SET enable_progress_bar = false")  # ours tells how far it is
     if spill is not None:
         connection.execute(f"SET temp_directory = {_quote(spill)}")
     return connection
@@ -1636,6 +1707,7 @@ def ingest(
     threads: int = 2,
     max_quarantine_share: float = 0.01,
     allow_empty: bool = False,
+    allow_truncated: bool = False,
     buckets: int | None = None,
     progress: Progress | None = None,
 ) -> dict:
@@ -1645,15 +1717,16 @@ def ingest(
     is. Otherwise the store is built in a hidden sibling folder and takes the place of the old one
     at the end: whatever happens, `store` is the old one, the new one, or absent, never half of one.
     `max_quarantine_share` (0-1) is the share of bad rows of a file above which the ingest stops;
-    `allow_empty` accepts a log without rows; `buckets` (default 16, 4 for small folders) is the
-    number of parts by account; `memory_limit` is DuckDB's, beside about 300 MB of this process.
+    `allow_empty` accepts a log without rows, `allow_truncated` quarantines a last row that is cut;
+    `buckets` (default 16, 4 for small folders) is the number of parts by account; `memory_limit` is
+    DuckDB's, beside about 300 MB of this process.
 
     Raises `UserError` for everything a user can mend: missing folder, other release, wrong header,
-    empty log, too many bad rows, a target that is not an event store, no space left.
+    empty or cut log, too many bad rows, a target that is not an event store, no space left.
     """
     release, store = Path(release), Path(store)
     if not 0 <= max_quarantine_share <= 1:
-        raise UserError(f"max_quarantine_share must be within 0 and 1, got {max_quarantine_share}.")
+        raise UserError(f"--max-bad must be within 0 and 1, got {max_quarantine_share}.")
     if buckets is not None and not 1 <= buckets <= 100:
         raise UserError(f"buckets must be within 1 and 100, got {buckets}.")
     with _mendable(store, memory_limit):
@@ -1664,6 +1737,7 @@ def ingest(
         options = {
             "max_quarantine_share": max_quarantine_share,
             "allow_empty": allow_empty,
+            "allow_truncated": allow_truncated,
             "buckets": buckets or (16 if size > 64 << 20 else 4),
         }
         ready = _reusable(found, store, options)
@@ -1688,7 +1762,8 @@ def _mendable(path: Path, memory_limit: str) -> Iterator[None]:
         yield
     except duckdb.OutOfMemoryException as error:
         raise UserError(
-            f"memory_limit {memory_limit} is too small for this release; raise it. ({error})"
+            f"a memory limit of {memory_limit} is too small for this release: raise it by"
+            f" --memory-limit. ({error})"
         ) from error
     except duckdb.IOException as error:
         raise UserError(f"{path}: cannot be read or written: {error}") from error
@@ -1877,6 +1952,11 @@ EVENT_COLUMNS = {
     "http": {**_TEXT_COLUMNS, "domain": "VARCHAR", "topic": "VARCHAR", "category": "VARCHAR"},
 }
 SMALL_TABLES = ("ldap", "psychometric", "insiders", "answers")
+
+
+def is_store(path: Path | str) -> bool:
+    """Say whether a folder is an event store written by `ingest`, of any version."""
+    return _read_manifest(Path(path)) is not None
 
 
 class Store:

@@ -29,7 +29,9 @@ class SimulateSettings:
     """How large the simulated organisation is, and how hard it is to read.
 
     `insiders` counts the people of scenarios 1, 2 and 3. `web_rate` scales the web log, which is
-    nine tenths of all rows. `hardness` is the share of innocent days that look like an incident.
+    nine tenths of all rows. `hardness` at 0: only insiders visit leak and keylogger sites, as in
+    r4.2; up to 1: more and closer innocent look-alikes, benign visits to those sites, incidents
+    that leave fewer traces.
     """
 
     users: int = 400

@@ -36,6 +36,7 @@ from pathlib import Path
 import pandas as pd
 import psutil
 
+from ueba_helpers.data import cert
 from ueba_helpers.data.files import atomic_path, write_json
 from ueba_helpers.data.records import append_row, cut_rows, plain, read_rows
 from ueba_helpers.errors import UserError
@@ -95,8 +96,8 @@ def data_hash(chosen: Profile, *, seed: int, data: Path | str = "") -> str:
     """Return the eight characters that name the data a study runs on.
 
     With an empty `data` they stand for the simulator's settings, its code and the seed; else for
-    the names, sizes and ends of the CSV files under the folder, wherever it lies. Raises
-    `UserError` if `data` is no folder or holds no CSV file.
+    the names, sizes and ends of the CSV files under the folder, wherever it lies, or for the
+    manifest of an event store. Raises `UserError` if `data` is no folder or holds no CSV file.
     """
     if str(data) == "":
         return content_hash({"simulate": chosen.as_dict()["simulate"], "seed": seed,
@@ -107,6 +108,8 @@ def data_hash(chosen: Profile, *, seed: int, data: Path | str = "") -> str:
                         "r4.2 CSV files, or leave DATA empty to simulate one.")
     if not folder.is_dir():
         raise UserError(f"DATA: {folder} is a file. Give the folder that holds logon.csv.")
+    if cert.is_store(folder):
+        return content_hash({"store": file_fingerprint(folder / "manifest.json")})
     places = [folder, folder.resolve().parent / "answers"]  # the key may lie beside the release
     files = {f"{place.name}/{file.relative_to(place).as_posix()}" if place != folder
              else file.relative_to(folder).as_posix(): file

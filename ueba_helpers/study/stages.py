@@ -49,6 +49,8 @@ def prepare_data(profile: str, seed: int, data: str, runs: str, *,
                  progress: Progress = None) -> Path:
     """Simulate a release unless one is given, read it, build windows, splits and samples.
 
+    `data` may also be a store that `ueba ingest` wrote: it is used where it lies, not copied.
+
     Returns the study's data folder; `samples.json`, written last, says that it is complete. It also
     holds what a reader must know before trusting a result: warnings of the loader and of the
     windows, and leakage audits that failed or had too little to judge. They go to standard error
@@ -64,11 +66,13 @@ def prepare_data(profile: str, seed: int, data: str, runs: str, *,
         return home
     release = Path(data) if data else Path(runs) / "data" / (
         f"r4.2-{data_hash(chosen, seed=seed, data='')}")
-    if not data:
+    if data:
+        cert.check_answers(release)
+    else:
         say("simulating a release")
         simulate.simulate(release, seed=seed, **asdict(chosen.simulate))
     say("reading the release")
-    ingested = cert.ingest(release, home / "store", memory_limit=chosen.memory_limit)
+    ingested = _stored(release, home / "store", chosen.memory_limit)
     say("building windows")
     windows.build(home / "store", home / "windows", memory_limit=chosen.memory_limit,
                   **asdict(chosen.windows))
@@ -95,6 +99,17 @@ def prepare_data(profile: str, seed: int, data: str, runs: str, *,
     return home
 
 
+def _stored(release: Path, store: Path, memory_limit: str) -> dict:
+    """Read a release into `store`, or link a store that is given; return its manifest."""
+    if not cert.is_store(release):
+        return cert.ingest(release, store, memory_limit=memory_limit)
+    manifest = cert.Store(release).manifest
+    store.parent.mkdir(parents=True, exist_ok=True)
+    store.unlink(missing_ok=True)
+    store.symlink_to(release.resolve(), target_is_directory=True)
+    return manifest
+
+
 def _audit(home: Path, chosen: Profile, table: pd.DataFrame, assigned: pd.DataFrame,
            manifest: Mapping, release: Path, seed: int) -> pd.DataFrame:
     """Run the leakage audits, the label permutation with every classical detector; keep them."""
@@ -109,7 +124,9 @@ def _audit(home: Path, chosen: Profile, table: pd.DataFrame, assigned: pd.DataFr
 
 
 def _listing(release: Path) -> list[str]:
-    """Return the accounts in the order of the release's first LDAP month."""
+    """Return the accounts in the order of the release's first LDAP month; a store keeps none."""
+    if cert.is_store(release):
+        return []
     first = min((release / "LDAP").glob("[0-9]*.csv*"), key=lambda path: path.name)
     return pd.read_csv(first, usecols=["user_id"], dtype=str, encoding_errors="replace",
                        on_bad_lines="skip")["user_id"].dropna().tolist()
