@@ -1059,10 +1059,10 @@ class _Ingest:
         found = self.connection.execute(
             "SELECT reason FROM quarantine WHERE file = ? AND line = ?"
             " AND NOT contains(reason, 'occurs earlier')", [source.label, last]
-        ).fetchone()
-        if found is None or self.options["allow_truncated"]:
+        ).fetchall()
+        if not found or self.options["allow_truncated"]:
             return
-        if found[0] == _reason(_TAIL, 0, 0):
+        if found[0][0] == _reason(_TAIL, 0, 0):
             raise UserError(
                 f"{source.path}: line {last}: the file ends without a line end, so its last row may"
                 " be cut: copy it again, end the line if it is whole,"
