@@ -90,6 +90,17 @@ def test_reward_terms_stack_gains_up_costs_down_and_sum_to_the_line(ax):
         figures.reward_terms(terms[["step"]])
 
 
+def test_grouped_bars_stand_side_by_side_and_are_cut_at_the_limits(ax):
+    table = pd.DataFrame({"ppo": [0.2, -3.0], "grpo": [0.4, np.nan]}, index=["start", "end"])
+    figures.grouped_bars(table, label="Explained variance", limits=(-1, 1), ax=ax)
+    assert [bar.get_height() for bar in ax.patches[:3]] == [0.2, -1.0, 0.4]
+    middles = [bar.get_x() + bar.get_width() / 2 for bar in ax.patches]
+    assert middles == pytest.approx([-0.2, 0.8, 0.2, 1.2])
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["start", "end"]
+    assert legend(ax) == ["ppo", "grpo"] and ax.get_ylim() == (-1, 1)
+    assert to_hex(ax.patches[2].get_facecolor()) == figures.NAMED_COLOURS["grpo"]
+
+
 def test_token_heatmap_colours_every_token_by_the_sign_of_its_value(ax):
     tokens = ["{", '"risk"', ": ", '"normal"', "}"]
     figures.token_heatmap(tokens, [-1, 0, 0.5, 1, -0.5], ax=ax, width=12)

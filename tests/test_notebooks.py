@@ -1,5 +1,9 @@
-"""The whole study, in profile smoke: every notebook from a fresh kernel, top to bottom."""
+"""The whole study, in profile smoke: every notebook from a fresh kernel, top to bottom.
 
+And, without running them, that each chapter has what a chapter is made of.
+"""
+
+import copy
 import json
 import os
 import re
@@ -10,11 +14,77 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from ueba_helpers.study.pipeline import NOTEBOOKS
-from ueba_helpers.study.report import COMPARISON_COLUMNS
+from ueba_helpers.study.comparison import COMPARISON_COLUMNS, read_made_by, read_verdict
+from ueba_helpers.study.pipeline import NOTEBOOKS, notebooks_folder
+from ueba_helpers.study.stages import CLASSICAL, GBOOST_SAME, POLICIES
 
-DETECTORS = {"rules", "gradient_boosting", "sft", "ppo", "grpo"}
+DETECTORS = [*CLASSICAL, GBOOST_SAME, *POLICIES]
+CHAPTERS = [name for name in NOTEBOOKS if not name.startswith("00")]
+FIGURE = re.compile(r"^plt\.show\(\)$", re.MULTILINE)  # each shows one figure
 
+
+# ------------------------------------------------------------ what a chapter is made of
+
+def read(name: str) -> dict:
+    return json.loads((notebooks_folder() / f"{name}.ipynb").read_text(encoding="utf-8"))
+
+
+def source(cell: dict) -> str:
+    return "".join(cell["source"])
+
+
+def reported_figures(notebook: dict) -> int:
+    """Return how many figures the cells tagged `report` show."""
+    return sum(len(FIGURE.findall(source(cell))) for cell in notebook["cells"]
+               if cell["cell_type"] == "code" and "report" in cell["metadata"].get("tags", []))
+
+
+def chapter_faults(notebook: dict) -> list[str]:
+    """Return which parts are missing: question, by-hand part with a check, figure, break."""
+    cells = notebook["cells"]
+    faults = []
+    if not source(cells[0]).splitlines()[0].endswith("?"):
+        faults.append("the title asks no question")
+    by_hand = [i for i, cell in enumerate(cells) if re.search(r"\bby.hand\b", source(cell), re.I)]
+    if not by_hand or not _checked(cells[by_hand[0]:]):
+        faults.append("nothing is computed by hand and checked")
+    if not reported_figures(notebook):
+        faults.append("no figure goes into the report")
+    headings = [i for i, cell in enumerate(cells) if source(cell).startswith("## ")]
+    broken = [i for i in headings if source(cells[i]).startswith("## Try to break it\n")]
+    if len(broken) != 1:
+        faults.append("there is no one section '## Try to break it'")
+    elif not _checked(cells[broken[0]:min(i for i in headings if i > broken[0])]):
+        faults.append("the section '## Try to break it' asserts nothing")
+    return faults
+
+
+def _checked(cells: list[dict]) -> bool:
+    return any(re.search(r"^\s*assert ", source(cell), re.MULTILINE) for cell in cells
+               if cell["cell_type"] == "code")
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_a_chapter_asks_computes_by_hand_draws_and_tries_to_break_it(name):
+    assert chapter_faults(read(name)) == []
+
+
+@pytest.mark.parametrize(("what", "pattern", "instead", "fault"), [
+    ("markdown", r"^(# .*)\?$", r"\1.", "asks no question"),
+    ("markdown", r"(?i)by.hand", "at once", "by hand"),
+    ("code", r"^plt\.show\(\)$", "", "no figure"),
+    ("markdown", r"## Try to break it", "## Try it", "no one section"),
+    ("code", r"^( *)assert ", r"\1_ = ", "asserts nothing"),
+])
+def test_a_chapter_without_one_of_its_parts_does_not_pass(what, pattern, instead, fault):
+    notebook = copy.deepcopy(read("07_comparison"))
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == what or fault == "by hand":
+            cell["source"] = re.sub(pattern, instead, source(cell), flags=re.MULTILINE)
+    assert any(fault in found for found in chapter_faults(notebook))
+
+
+# ------------------------------------------------------------ the study in profile smoke
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
@@ -38,22 +108,34 @@ def run_study(runs: Path, *options: str) -> subprocess.CompletedProcess:
          *options], capture_output=True, text=True, timeout=1500, env=environment)
 
 
-def test_every_notebook_runs_and_the_report_is_written(studied):
+def test_every_notebook_runs_and_the_report_shows_each_of_its_figures(studied):
     done, folder = studied
     executed = {path.stem for path in (folder / "notebooks").glob("*.ipynb")}
     assert executed == set(NOTEBOOKS)
     report = (folder / "report.html").read_text()
-    assert report.count("data:image/png;base64,") >= len(NOTEBOOKS) - 2
+    expected = {name: reported_figures(read(name)) for name in NOTEBOOKS}
+    shown = {name: len(list((folder / "figures").glob(f"{name}-*.png"))) for name in NOTEBOOKS}
+    assert shown == expected
+    assert report.count("data:image/png;base64,") == sum(expected.values()) > len(NOTEBOOKS)
     assert str(folder / "report.html") in done.stdout
 
 
-def test_the_table_has_every_detector_and_column(studied):
+def test_the_table_has_every_detector_and_column_and_its_verdict(studied):
     _, folder = studied
     table = pd.read_csv(folder / "comparison.csv")
     assert set(COMPARISON_COLUMNS) <= set(table.columns)
-    assert set(table["detector"]) >= DETECTORS
+    assert list(table["detector"]) == DETECTORS
     assert table["macro_f1"].between(0, 1).all() and table["pr_auc"].between(0, 1).all()
-    assert (table.loc[table["detector"].isin({"sft", "ppo", "grpo"}), "seconds"] > 0).all()
+    assert table["evidence_hit_rate"].notna().tolist() == [
+        name in POLICIES for name in DETECTORS]
+    assert (table["seconds"] > 0).all()
+    trained = table.set_index("detector").loc[list(POLICIES)]
+    assert (trained["peak_memory_gib"] > 0).all()
+    verdict, made_by = read_verdict(folder), read_made_by(folder)
+    assert verdict["simulated"] and list(verdict["seeds"]) == ["0"]
+    macro_f1 = table.set_index("detector")["macro_f1"]
+    assert verdict["difference"] == pytest.approx(macro_f1["ppo"] - macro_f1["grpo"])
+    assert all((folder / name / "predictions.parquet").exists() for name in made_by["runs"])
 
 
 def test_executed_notebooks_name_no_path_of_this_machine_and_no_warning(studied):
@@ -70,4 +152,7 @@ def test_executed_notebooks_name_no_path_of_this_machine_and_no_warning(studied)
 def test_a_second_run_has_nothing_to_do(studied, runs):
     done = run_study(runs)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "unchanged" in done.stdout.lower() or "skip" in done.stdout.lower()
+    stages = re.findall(r"^ *\d+/(\d+) (\S+) +(\w+)", done.stdout + done.stderr, re.MULTILINE)
+    assert [name for _, name, _ in stages] == ["data", *NOTEBOOKS]
+    assert {status for _, _, status in stages} == {"unchanged"}
+    assert {total for total, _, _ in stages} == {str(len(NOTEBOOKS) + 1)}

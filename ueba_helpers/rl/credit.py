@@ -1,11 +1,12 @@
 """Where in a verdict a baseline foresees the reward: fresh rollouts, values on them, and places.
 
 In: a policy with prompt rows, or a critic. Out: a `Sample` of rewarded completions, a critic's
-values `(B, T)` on it, and the explained variance at four places of the verdict. `B` counts
-completions, those of one prompt stand together; `T` counts their tokens. Refused: a sample in
-which fewer than two completions come as far as a risk.
+values `(B, T)` on it, and the explained variance at four places of the verdict (NaN where fewer
+than two completions come so far). `B` counts completions, those of one prompt stand together; `T`
+counts their tokens.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ueba_helpers.data.seeding import generator
-from ueba_helpers.errors import UserError
 from ueba_helpers.rl.advantages import explained_variance
 from ueba_helpers.rl.policies import Critic
 from ueba_helpers.rl.rollouts import end_tokens, generate, pad_left, pad_right, tokenize_prompts
@@ -102,13 +102,13 @@ def verdict_places(pieces: Sequence[str]) -> tuple[int, ...] | None:
 def explained_by_place(baseline: Tensor, drawn: Sample) -> list[float]:
     """Return which share of the rewards' variance a baseline `(B, T)` explains at each place.
 
-    Over the completions that come as far as a risk; see `advantages.explained_variance`.
+    Over the completions that come as far as a risk, NaN if they are fewer than two; see
+    `advantages.explained_variance`.
     """
     places = drawn.places
     whole = places[:, -1] >= 0
     if whole.sum() < 2:
-        raise UserError(f"{int(whole.sum())} of {len(whole)} completions come as far as a risk: "
-                        "draw more, or look at the policy's verdicts first.")
+        return [math.nan] * len(PLACES)
     there = baseline[whole].gather(1, places[whole])
     rewards = drawn.rewards[whole]
     return [float(explained_variance(column, rewards, torch.ones_like(rewards)))

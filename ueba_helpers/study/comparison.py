@@ -122,7 +122,7 @@ def _why_not(folder: Path, wanted: Mapping, seeds: set[int]) -> str | None:
         found = read_made_by(folder)
         read_comparison(folder)
     except UserError as error:
-        return str(error)
+        return str(error).removeprefix(f"{folder.name}/")
     different = [name for name in _SAME if found.get(name) != wanted[name]]
     if different:
         return f"made with other {', '.join(different)}"

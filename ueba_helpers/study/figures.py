@@ -32,6 +32,7 @@ NAMED_COLOURS = {
     "untrained": PALETTE[7], "gradient_boosting": PALETTE[3],
     "gradient_boosting_same_windows": "#8a4b1f", "rules": PALETTE[5],
     "logistic_regression": PALETTE[4], "isolation_forest": PALETTE[6], "keyword": PALETTE[9],
+    "cure": PALETTE[2], "collapse": PALETTE[3], "before warm-up": "#b0b0b0",
     "normal": PALETTE[2], "suspicious": PALETTE[8], "malicious": PALETTE[3], "invalid": PALETTE[7],
 }
 LABELS = {
@@ -172,6 +173,29 @@ def reward_terms(terms: pd.DataFrame, *, x: str = "step", bins: int = 20,
     return _clean(ax)
 
 
+def grouped_bars(table: pd.DataFrame, *, label: str, x_label: str = "",
+                 limits: tuple[float, float] | None = None, ax: Axes | None = None) -> Axes:
+    """Draw one group of bars per row of a table, one bar per column; NaN is left out.
+
+    Bars are cut at `limits`, the ends of the axis.
+    """
+    ax = _axes(ax, size=(8, 3.2))
+    width = 0.8 / len(table.columns)
+    chosen = colours(table.columns)
+    for i, name in enumerate(table.columns):
+        places = np.arange(len(table)) + (i - (len(table.columns) - 1) / 2) * width
+        heights = table[name].to_numpy(float)
+        ax.bar(places, heights if limits is None else heights.clip(*limits), 0.95 * width,
+               color=chosen[name], label=name)
+    ax.axhline(0, color=GREY, linewidth=0.8)
+    ax.set_xticks(range(len(table)), list(table.index))
+    ax.set_ylim(limits)
+    ax.set_xlabel(x_label)
+    ax.set_ylabel(label)
+    ax.legend(frameon=False, ncols=len(table.columns), loc="lower center", bbox_to_anchor=(0.5, 1))
+    return _clean(ax)
+
+
 def token_heatmap(tokens: Sequence[Sequence[str]] | Sequence[str], values, *,
                   label: str = "Advantage", names: Sequence[str] | None = None, width: int = 88,
                   limit: float | None = None, ax: Axes | None = None) -> Axes:
@@ -217,7 +241,7 @@ def _wrapped(tokens: Sequence[str], width: int) -> list[tuple[int, int, str]]:
     placed, line, column = [], 0, 0
     for token in tokens:
         text = token.replace("\n", "⏎").replace("Ġ", " ") or "∅"
-        text = "".join(c if c.isascii() and c.isprintable() or c in "⏎∅" else "·" for c in text)
+        text = "".join(c if (c.isascii() and c.isprintable()) or c in "⏎∅" else "·" for c in text)
         if column and column + len(text) > width:
             line, column = line + 1, 0
         placed.append((line, column, text))
