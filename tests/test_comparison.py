@@ -110,7 +110,7 @@ def test_one_seed_speaks_for_users_only():
     found = comparison.verdict(pair((0.6, 0.5)), difference(), valid=0.99, simulated=True)
     assert (found["verdict"], found["better"], found["simulated"]) == ("better", "ppo", True)
     for words in ("**PPO is better than GRPO**", "simulated data", "PPO 0.600, GRPO 0.500",
-                  "[+0.050, +0.150]", "one seed 0", "not covered", "±0.02"):
+                  "95 % interval [+0.050, +0.150]", "one seed 0", "not covered", "±0.02"):
         assert words in found["sentence"]
     assert found["p_seeds"] is None
     worse = comparison.verdict(pair((0.5, 0.6)), difference(-0.1, -0.15, -0.05, "worse"),
@@ -133,7 +133,7 @@ def test_several_seeds_speak_for_seeds_whatever_one_seed_said():
 def test_mostly_invalid_verdicts_decide_nothing():
     found = comparison.verdict(pair((0.6, 0.5)), difference(), valid=0.49, simulated=True)
     assert found["verdict"] == "inconclusive" and found["better"] is None
-    assert "49% of the verdicts" in found["sentence"]
+    assert "49 % of the verdicts" in found["sentence"]
     twin = comparison.verdict(pair((0.6, 0.5)), difference(), valid=0.51, simulated=True)
     assert twin["verdict"] == "better"
 

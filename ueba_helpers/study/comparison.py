@@ -152,11 +152,11 @@ def verdict(pair: pd.DataFrame, over_users: Difference, *, valid: float, simulat
     sentence = (
         f"{_SAID[ruling]} in macro-F1 on the test users of "
         f"{'simulated' if simulated else 'real'} data: PPO {means['ppo']:.3f}, GRPO "
-        f"{means['grpo']:.3f}, difference {found.value:+.3f}, {found.level:.0%} interval "
+        f"{means['grpo']:.3f}, difference {found.value:+.3f}, {100 * found.level:g} % interval "
         f"[{found.low:+.3f}, {found.high:+.3f}] ({covers}). A difference within "
         f"±{found.margin:g} counts as none.")
     if valid < LEAST_VALID:
-        sentence += f" Only {valid:.0%} of the verdicts of one of them are valid."
+        sentence += f" Only {100 * valid:.0f} % of the verdicts of one of them are valid."
     numbers = {"ppo": means["ppo"], "grpo": means["grpo"], "difference": found.value,
                "low": found.low, "high": found.high, "level": found.level,
                "margin": found.margin, "p_seeds": found.p_seeds, "valid": valid}
