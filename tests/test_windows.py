@@ -856,7 +856,7 @@ def test_what_a_killed_build_left_behind_is_swept_and_a_living_one_keeps_its_par
     ({"deviation_share": 0.0}, "deviation_share"), ({"deviation_share": 1.5}, "deviation_share"),
     ({"history_days": 0}, "history_days"), ({"min_history": 31}, "min_history"),
     ({"min_history": 0}, "min_history"), ({"train_users": []}, "train_users"),
-    ({"train_users": ["QQQ9999"]}, "QQQ9999"), ({"memory_limit": "much"}, "memory_limit"),
+    ({"train_users": ["QQQ9999"]}, "QQQ9999"), ({"memory_limit": "much"}, "--memory-limit"),
     ({"threads": 0}, "threads"),
 ])
 def test_impossible_settings_are_refused_by_name(world, tmp_path, settings, named):
