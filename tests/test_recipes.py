@@ -233,14 +233,14 @@ def test_rows_that_cannot_be_rewarded_are_refused(change, word, tmp_path):
 KILLED = """
 import sys
 from tests.test_recipes import train
-train(sys.argv[1], sys.argv[2], steps=150, save_steps=3)
+train(sys.argv[1], sys.argv[2], steps=90, save_steps=3)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", BOTH)
 def test_killed_at_random_moments_and_resumed_the_run_ends_the_same(method, tmp_path):
-    whole = train(method, tmp_path / "whole", steps=150, save_steps=3)
+    whole = train(method, tmp_path / "whole", steps=90, save_steps=3)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     command = [sys.executable, "-c", KILLED, method, str(tmp_path / "killed")]
     draws = random.Random(0)
@@ -254,7 +254,7 @@ def test_killed_at_random_moments_and_resumed_the_run_ends_the_same(method, tmp_
         while process.poll() is None and time.monotonic() < limit:
             now = len(log.read_bytes().splitlines()) if log.exists() else 0
             if kills < 10 and now > before:
-                time.sleep(draws.uniform(0, 0.3))
+                time.sleep(draws.uniform(0, 0.5))
                 process.send_signal(signal.SIGKILL)
                 kills += 1
                 break
