@@ -1494,7 +1494,7 @@ def run_fuzz(tmp_path_factory, examples: int) -> None:
     outcomes: Counter[str] = Counter()
 
     @settings(
-        max_examples=examples * 6 // 5, deadline=None, derandomize=True, database=None,
+        max_examples=examples * 7 // 5, deadline=None, derandomize=True, database=None,
         suppress_health_check=list(HealthCheck),
     )
     @FUZZED
