@@ -381,12 +381,13 @@ def test_rows_keep_their_order_whatever_their_length(monkeypatch):
     contents[1] = contents[1].replace("e2", "e1")
     contents[2] = contents[2].replace("e2", "e1")
 
-    def quote(model, prompts, **options):
+    def quote(model, begun, *options):
+        prompts = begun.groups.ids[begun.groups.index]
         texts = [verdict(evidence=["e1" if "e1" in tokenizer.decode(p) else "e2"])
                  for p in prompts]
         return Completions(tokenizer(texts, add_special_tokens=False)["input_ids"], [])
 
-    monkeypatch.setattr(rollouts, "generate", quote)
+    monkeypatch.setattr(rollouts, "_decode", quote)
     rows = [row(i + 1, content) for i, content in enumerate(contents)]
     table = table_of(model, tokenizer, rows, batch_size=3)
     assert table["window_id"].tolist() == [r["window_id"] for r in rows]

@@ -87,10 +87,16 @@ def completion_states(backbone: nn.Module, prompt_ids: Tensor, prompt_mask: Tens
                       completion_ids: Tensor, completion_mask: Tensor) -> Tensor:
     """Return `(B, T, H)` states: entry t has seen the prompt and the completion before token t."""
     groups = group_prompts(prompt_ids, prompt_mask)
-    cache, last = prefill(backbone, groups)
-    if groups.shared:
+    return continued_states(backbone, groups, *prefill(backbone, groups), completion_ids,
+                            completion_mask)
+
+
+def continued_states(backbone: nn.Module, groups: PromptGroups, cache: DynamicCache, last: Tensor,
+                     completion_ids: Tensor, completion_mask: Tensor) -> Tensor:
+    """Return what `completion_states` does from prompts that `prefill` has run; uses `cache` up."""
+    if not torch.equal(groups.index, torch.arange(groups.ids.size(0), device=last.device)):
         cache.batch_select_indices(groups.index)
-    last = last[groups.index]
+        last = last[groups.index]
     steps = completion_ids.size(1) - 1
     if steps == 0:
         return last

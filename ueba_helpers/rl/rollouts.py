@@ -13,18 +13,28 @@ penalties are left out on purpose: training scores the distribution that was sam
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
 from ueba_helpers.errors import UserError
-from ueba_helpers.rl.prefix import backbone_of, completion_states, group_prompts, prefill
+from ueba_helpers.rl.prefix import (
+    PromptGroups,
+    backbone_of,
+    continued_states,
+    group_prompts,
+    prefill,
+)
 from ueba_helpers.rl.prefix import token_log_probs as log_probs_of
 from ueba_helpers.task.verdicts import RISKS, Verdict, parse_verdict
+
+_ROOM = 16  # steps of decoding that a cache layer makes room for at a time
 
 
 @dataclass(frozen=True)
@@ -71,29 +81,84 @@ def generate(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, max_ne
     With `uniforms` `(B, max_new_tokens)` in [0, 1) tokens are sampled at `temperature`; without
     it the most probable token is taken and log-probabilities are at temperature 1.
     """
-    device = next(model.parameters()).device
     if uniforms is not None and uniforms.shape != (len(prompts), max_new_tokens):
         raise ValueError(f"uniforms must have shape {(len(prompts), max_new_tokens)}, got "
                          f"{uniforms.shape}")
+    with _evaluating(model):
+        begun = _begin(model, prompts, pad_token_id)
+        return _decode(model, begun, max_new_tokens, eos_token_ids, temperature, uniforms)
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel):
     was_training = model.training
     model.eval()
     try:
-        return _decode(model, *pad_left(prompts, pad_token_id, device), max_new_tokens,
-                       torch.tensor(list(eos_token_ids), device=device), temperature, uniforms)
+        yield
     finally:
         model.train(was_training)
 
 
-def _decode(model, prompt_ids, prompt_mask, max_new_tokens, eos_ids, temperature, uniforms):
+@dataclass(frozen=True)
+class _Begun:
+    """Prompts that have been run: their groups, keys and values by layer, and last states."""
+
+    groups: PromptGroups
+    keys_values: list[tuple[Tensor, Tensor]]
+    last: Tensor
+
+    def cache(self) -> DynamicCache:
+        """Return a cache of its own: what is added to it leaves the prompts' keys as they are."""
+        cache = DynamicCache()
+        cache.layers = [_RoomyLayer() for _ in self.keys_values]
+        for layer, (keys, values) in zip(cache.layers, self.keys_values, strict=True):
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values
+        return cache
+
+
+class _RoomyLayer(DynamicLayer):
+    """A cache layer with room for further tokens: `torch.cat` would copy all keys at each one."""
+
+    def __init__(self):
+        super().__init__()
+        self._rooms: list[Tensor] | None = None
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Write the new keys and values behind the old ones and return views of all."""
+        used, new = self.keys.size(-2), key_states.size(-2)
+        if self._rooms is None or self._rooms[0].size(-2) < used + new:
+            old = self.keys, self.values
+            self._rooms = [x.new_empty(*x.shape[:-2], used + _ROOM * new, x.size(-1)) for x in old]
+            for room, kept in zip(self._rooms, old, strict=True):
+                room[..., :used, :] = kept
+        for room, added in zip(self._rooms, (key_states, value_states), strict=True):
+            room[..., used:used + new, :] = added
+        self.keys, self.values = (room[..., :used + new, :] for room in self._rooms)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows of `indices`, in tensors of their own."""
+        super().batch_select_indices(indices)
+        self._rooms = None
+
+
+def _begin(model, prompts, pad_token_id) -> _Begun:
+    groups = group_prompts(*pad_left(prompts, pad_token_id, next(model.parameters()).device))
+    cache, last = prefill(backbone_of(model), groups)
+    return _Begun(groups, [(layer.keys, layer.values) for layer in cache.layers], last)
+
+
+def _decode(model, begun: _Begun, max_new_tokens, eos_token_ids, temperature, uniforms):
     """Decode all completions of a prompt in one row `(N, W)`, W the largest group.
 
     The keys of a prompt are stored once. Each step adds W keys to a row, one per completion, and
     a mask lets completion w see the prompt and every W-th key from its own first one on.
     """
     backbone, head = backbone_of(model), model.get_output_embeddings()
-    groups = group_prompts(prompt_ids, prompt_mask)
-    cache, states = prefill(backbone, groups)
-    device, total = prompt_ids.device, groups.index.numel()
+    groups, cache, states = begun.groups, begun.cache(), begun.last
+    device, total = groups.ids.device, groups.index.numel()
+    eos_ids = torch.tensor(list(eos_token_ids), device=device)
     sizes = groups.index.bincount()
     width = int(sizes.max())
     slots = torch.arange(width, device=device)
@@ -174,35 +239,44 @@ def risk_scores(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     the three labels with the closing quote are summed over their tokens and normalised. A text
     without a risk value gets NaN.
     """
+    return np.concatenate([np.empty((0, len(RISKS))), *(
+        _risk_scores(model, tokenizer,
+                     _begin(model, prompts[start:start + batch_size], tokenizer.pad_token_id),
+                     texts[start:start + batch_size])
+        for start in range(0, len(texts), batch_size))])
+
+
+def _risk_scores(model, tokenizer, begun: _Begun, texts: Sequence[str]) -> np.ndarray:
+    """Return the scores of one text per prompt that `_begin` was given."""
     stems = [_before_risk(text) for text in texts]
     jobs = [i for i, stem in enumerate(stems) if stem is not None]
     scores = np.full((len(texts), len(RISKS)), np.nan)
-    pad = tokenizer.pad_token_id
-    device = next(model.parameters()).device
-    backbone, head = backbone_of(model), model.get_output_embeddings()
-    for start in range(0, len(jobs), batch_size):
-        chunk = jobs[start:start + batch_size]
-        contexts, answers, first = [], [], []
-        for i in chunk:
-            stem = stems[i]
-            stem_ids = tokenizer(stem, add_special_tokens=False)["input_ids"]
-            for risk in RISKS:
-                whole = tokenizer(stem + risk + '"', add_special_tokens=False)["input_ids"]
-                same = next((k for k, (a, b) in enumerate(zip(stem_ids, whole, strict=False))
-                             if a != b), min(len(stem_ids), len(whole)))
-                contexts.append(list(prompts[i]))
-                answers.append(whole)
-                first.append(same)
-        cut = [min(first[k:k + 3]) for k in range(0, len(first), 3) for _ in range(3)]
-        prompt_ids, prompt_mask = pad_left(contexts, pad, device)
-        ids, mask = pad_right(answers, pad, device)
-        states = completion_states(backbone, prompt_ids, prompt_mask, ids, mask)
-        values, _ = log_probs_of(states, head, ids, mask)
-        counted = torch.arange(ids.size(1), device=device) >= torch.tensor(
-            cut, device=device).unsqueeze(1)
-        totals = (values * counted).sum(1).view(-1, len(RISKS))
-        scores[chunk] = totals.softmax(-1).cpu().double().numpy()
+    if not jobs:
+        return scores
+    answers, cuts = [], []
+    for i in jobs:
+        stem_ids = tokenizer(stems[i], add_special_tokens=False)["input_ids"]
+        spelled = [tokenizer(stems[i] + risk + '"', add_special_tokens=False)["input_ids"]
+                   for risk in RISKS]
+        answers += spelled
+        cuts += [min(_shared(stem_ids, whole) for whole in spelled)] * len(RISKS)
+    groups, device = begun.groups, begun.last.device
+    chosen = groups.index[torch.tensor(jobs, device=device)].repeat_interleave(len(RISKS))
+    ids, mask = pad_right(answers, tokenizer.pad_token_id, device)
+    states = continued_states(backbone_of(model), replace(groups, index=chosen), begun.cache(),
+                              begun.last, ids, mask)
+    values, _ = log_probs_of(states, model.get_output_embeddings(), ids, mask)
+    counted = torch.arange(ids.size(1), device=device) >= torch.tensor(
+        cuts, device=device).unsqueeze(1)
+    totals = (values * counted).sum(1).view(-1, len(RISKS))
+    scores[jobs] = totals.softmax(-1).cpu().double().numpy()
     return scores
+
+
+def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """Return how many tokens two texts begin with in common."""
+    return next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y),
+                min(len(a), len(b)))
 
 
 _RISK_VALUE = re.compile(r'"risk"\s*:\s*"')
@@ -228,6 +302,7 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
     return sorted({tokenizer.eos_token_id, *(token for token in more if token is not None)})
 
 
+@torch.no_grad()
 def predict(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict], *,
             detector: str, seed: int, split: str, max_new_tokens: int,
             batch_size: int = 64) -> pd.DataFrame:
@@ -237,25 +312,24 @@ def predict(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Se
     after the policy's own evidence; an invalid verdict scores -1, below every valid one.
     `seconds` is the mean time per window.
     """
-    was_training = model.training
-    model.eval()
     ends = end_tokens(model, tokenizer)
     prompts = tokenize_prompts(tokenizer, [row["prompt"] for row in rows])
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
     texts = [""] * len(rows)
+    probabilities = np.full((len(rows), len(RISKS)), np.nan)
     started = time.perf_counter()
-    for start in range(0, len(order), batch_size):
-        chunk = order[start:start + batch_size]
-        done = generate(model, [prompts[i] for i in chunk], max_new_tokens=max_new_tokens,
-                        eos_token_ids=ends, pad_token_id=tokenizer.pad_token_id)
-        for i, text in zip(chunk, tokenizer.batch_decode(done.ids, skip_special_tokens=True),
-                           strict=True):
-            texts[i] = text
+    with _evaluating(model):
+        for start in range(0, len(order), batch_size):
+            chunk = order[start:start + batch_size]
+            begun = _begin(model, [prompts[i] for i in chunk], tokenizer.pad_token_id)
+            done = _decode(model, begun, max_new_tokens, ends, 1.0, None)
+            said = tokenizer.batch_decode(done.ids, skip_special_tokens=True)
+            probabilities[chunk] = _risk_scores(model, tokenizer, begun, said)
+            for i, text in zip(chunk, said, strict=True):
+                texts[i] = text
     verdicts = [parse_verdict(text, row["evidence_ids"],
                               think=row.get("style") == "think")
                 for text, row in zip(texts, rows, strict=True)]
-    probabilities = risk_scores(model, tokenizer, prompts, texts)
-    model.train(was_training)
     seconds = (time.perf_counter() - started) / max(1, len(rows))
     return pd.DataFrame({
         "detector": detector, "seed": seed,
