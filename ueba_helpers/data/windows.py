@@ -656,7 +656,7 @@ def relabel(
     share = manifest["settings"]["deviation_share"] if deviation_share is None else deviation_share
     _check_settings(share, manifest["settings"]["history_days"],
                     manifest["settings"]["min_history"])
-    with duckdb.connect(":memory:") as connection:
+    with _connection() as connection:
         connection.execute(f"SET memory_limit='{_quoted(memory_limit)}'")
         connection.execute(f"SET threads={int(threads)}")
         connection.execute(
@@ -782,15 +782,22 @@ def fit_deviations(
     A kind's level is the lowest of its ladder that fewer than `share` of the training users' days
     with enough history reach; None where every level is that common.
     """
-    with duckdb.connect(":memory:") as connection:
+    with _connection() as connection:
         connection.register("given", windows)
         return _fit(connection, "given", sorted(set(train_users)), share)
+
+
+def _connection() -> duckdb.DuckDBPyConnection:
+    """Open a database in memory that draws no progress bar into a notebook."""
+    connection = duckdb.connect()
+    connection.execute("SET enable_progress_bar = false")
+    return connection
 
 
 def label(windows: pd.DataFrame, fitted: Mapping) -> pd.DataFrame:
     """Return `windows` with `deviations`, `feature_truth` and `risk` from fitted levels."""
     bare = windows.drop(columns=["deviations", "feature_truth", "risk"], errors="ignore")
-    with duckdb.connect(":memory:") as connection:
+    with _connection() as connection:
         connection.register("given", bare)
         return connection.execute(_label_sql("given", fitted)).df()
 
