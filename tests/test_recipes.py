@@ -18,6 +18,7 @@ from ueba_helpers.errors import UserError
 from ueba_helpers.rl import recipes
 from ueba_helpers.rl.checkpoints import SEAL_FILE, is_whole, latest_checkpoint
 from ueba_helpers.rl.policies import load_policy
+from ueba_helpers.rl.rollouts import tokenize_prompts
 from ueba_helpers.rl.settings import GRPOSettings, PolicySettings, PPOSettings, SFTSettings
 from ueba_helpers.task.verdicts import render_verdict
 
@@ -77,9 +78,11 @@ def test_sft_learns_the_demonstrations_word_for_word(tmp_path):
 
 
 def short_sft(out, **changes):
+    """Nine steps on ten demonstrations with changed settings; the run and its losses by step."""
     answer = render_verdict(evidence=[], features=["usual_hours", "own_workstation"],
                             basis="nothing.", risk="normal")
-    settings = SFTSettings(examples=10, epochs=3, batch_size=4, learning_rate=1e-2, save_steps=4)
+    settings = SFTSettings(examples=10, epochs=3, batch_size=4, learning_rate=1e-2, save_steps=4,
+                           **changes)
     logged = []
     trained = recipes.sft(checkpoint(), out, [{**row, "completion": answer} for row in rows(10)],
                           settings, PolicySettings(vocab_size=512, hidden_size=32, layers=2),
@@ -110,6 +113,22 @@ def test_sft_counts_the_completion_only():
     spoken = [token for token, inside in zip(ids, mask, strict=True) if inside]
     assert tokenizer.decode(spoken) == "yes" + tokenizer.eos_token
     assert sum(mask) < len(mask)
+
+
+def surprise_at_the_prompt(folder):
+    """Mean negative log-probability of a prompt's tokens, in nats, under a checkpoint."""
+    ids = torch.tensor(tokenize_prompts(policy()[1], [rows(1)[0]["prompt"]]))
+    with torch.no_grad():
+        return float(load_policy(folder, PolicySettings())(input_ids=ids, labels=ids).loss)
+
+
+def test_prompts_are_learned_only_where_asked_for(tmp_path):
+    read, _ = short_sft(tmp_path / "read", prompt_loss=True)
+    unread, _ = short_sft(tmp_path / "unread")
+    before = surprise_at_the_prompt(checkpoint())
+    learned = before - surprise_at_the_prompt(read.policy)
+    assert learned > 0.5
+    assert learned > 2 * (before - surprise_at_the_prompt(unread.policy)), "answers alone: the twin"
 
 
 @pytest.mark.parametrize("method", BOTH)

@@ -108,7 +108,8 @@ def sft(start: Path | str, out: Path | str, rows: Sequence[Mapping], settings: S
         policy: PolicySettings, *, seed: int, on_step: OnStep | None = None) -> Trained:
     """Train on demonstrations (`prompt` messages and a `completion` text) by TRL's SFTTrainer.
 
-    Loss on the completion only; with `lora_rank` adapters are trained and merged at the end.
+    Loss on the completion, with `prompt_loss` on the prompt too; with `lora_rank` adapters are
+    trained and merged at the end.
     """
     out = Path(out)
     tokenizer = load_tokenizer(start)
@@ -119,7 +120,7 @@ def sft(start: Path | str, out: Path | str, rows: Sequence[Mapping], settings: S
         per_device_train_batch_size=settings.batch_size, learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine", warmup_steps=20, weight_decay=0.0, seed=seed,
         adam_beta2=0.95,  # a memory of 20 steps: the tiny policy's whole training is 750
-        completion_only_loss=True, max_length=None, save_strategy="steps",
+        completion_only_loss=not settings.prompt_loss, max_length=None, save_strategy="steps",
         save_steps=settings.save_steps, save_total_limit=2, **_quiet(log_steps=on_step is not None))
     clock = _Clock()
     trainer = SFTTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer,

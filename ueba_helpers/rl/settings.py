@@ -62,7 +62,9 @@ class SFTSettings(_Settings):
     """The cold start: how many verdicts it sees, and how wrong their risk labels are.
 
     `downgrade` is the chance that the label of a demonstration is one level too low (an analyst
-    who under-reports), `label_noise` the chance that it is drawn at random.
+    who under-reports), `label_noise` the chance that it is drawn at random. With `prompt_loss`
+    the prompts are learned too, as a language model learns its corpus: so a policy that begins
+    with random weights comes to read the log it is to judge. A pretrained one can read already.
     """
 
     examples: int = 2000
@@ -71,6 +73,7 @@ class SFTSettings(_Settings):
     learning_rate: float = 1e-3
     downgrade: float = 0.0
     label_noise: float = 0.0
+    prompt_loss: bool = False
     save_steps: int = 250
 
     def __post_init__(self):
