@@ -160,6 +160,8 @@ def _rl(**controlled) -> dict:
             "grpo": GRPOSettings(**controlled)}
 
 
+# `laptop` simulates more insiders than r4.2 has: differences on dev and test users are then told
+# apart from the luck of who was drawn. Weights restore the natural base rate all the same.
 # The cold starts are held back by their labels: of a suspicious or malicious day, `downgrade` of
 # the demonstrations say one level less, as an analyst who under-reports would.
 _PROFILES = (
@@ -181,12 +183,13 @@ _PROFILES = (
     ),
     Profile(
         name="laptop", about="the default: two CPU cores, offline, a tiny policy made on the spot",
-        simulate=SimulateSettings(),
-        evaluation=EvaluationSettings(),
+        simulate=SimulateSettings(users=800, days=120, insiders=(80, 80, 40), web_rate=0.5),
+        evaluation=EvaluationSettings(dev_per_class=120),
         policy=PolicySettings(max_prompt_tokens=320),
-        sft=SFTSettings(examples=2000, epochs=3, batch_size=8, learning_rate=3e-3,
-                        downgrade=0.35),
-        sft_all=SFTSettings(examples=8000, epochs=1, batch_size=8, learning_rate=1e-3),
+        sft=SFTSettings(examples=2000, epochs=2, batch_size=8, learning_rate=3e-3,
+                        downgrade=0.4, prompt_loss=True),
+        sft_all=SFTSettings(examples=6000, epochs=1, batch_size=8, learning_rate=1e-3,
+                            prompt_loss=True),
         **_rl(steps=100, learning_rate=3e-4, save_steps=25, critic_warmup_steps=10),
         max_items=8,
         minutes={"data": 1.0, "00_start_here": 0.5, "03_reward_design": 5.0,

@@ -320,8 +320,8 @@ class Study:
     def short_run(self, method: str, **changes) -> RunFolder:
         """Return the complete run of PPO or GRPO with changed settings, such as a broken reward.
 
-        For exhibits: it begins from the cold start, is watched more closely and judged on a slice
-        of the dev sample only.
+        For exhibits: it begins from the cold start, is watched more closely and judged
+        on a slice of the dev sample only.
         """
         return self._completed(method, replace_seed(
             replace(getattr(self.profile, method), **changes), self.seed), exhibit=True)
@@ -360,7 +360,7 @@ class Study:
                 held_out = _HeldOutLog(folder.path / "held_out.jsonl", resumed_step=step)
                 trained = recipes.METHODS[method](
                     start, folder.path, self.rows(self.training_windows("rl")), settings,
-                    self.profile.policy, held_out=self._watched(),
+                    self.profile.policy, held_out=self._watched(exhibit),
                     evaluate_every=max(1, settings.steps // (4 if exhibit else 6)),
                     on_held_out=held_out.write,
                     on_completions=lambda rows: folder.add_completions(
@@ -371,16 +371,17 @@ class Study:
                                       settings, self.profile.policy, seed=self.seed,
                                       on_step=folder.log().write)
         folder.add_resources({**monitor.result, **trained.costs})
-        rows = self._watched() if exhibit else self.judged_rows("dev")
+        rows = self._watched(exhibit=True) if exhibit else self.judged_rows("dev")
         folder.finish(self._predicted(method, folder, rows, "dev"))
         recipes.drop_checkpoints(folder.path)
 
-    def _watched(self) -> list[dict]:
+    def _watched(self, exhibit: bool = False) -> list[dict]:
         """A slice of the dev sample's headline windows, the same for every method."""
         sample = self.sample("dev")
         wanted = sample.loc[sample["headline"], "window_id"]
         table = self.windows.set_index("window_id", drop=False).loc[wanted]
-        return self.rows(table.groupby("risk").head(30).reset_index(drop=True))
+        few = table.groupby("risk").head(20 if exhibit else 30)
+        return self.rows(few.reset_index(drop=True))
 
     def policy(self, method: str):
         """Return a trained policy and its tokenizer ("base" is the untrained one)."""
