@@ -333,9 +333,17 @@ def test_values_of_a_half_precision_policy_are_float32():
     assert critic(IDS[:, :4], mask[:, :4], IDS[:, 4:], mask[:, 4:]).dtype == torch.float32
 
 
-def test_a_critic_of_an_adapted_policy_is_trained_whole():
-    critic = make_critic(adapted())
-    assert all(p.requires_grad for p in critic.parameters())
+def test_a_critic_of_an_adapted_policy_trains_adapters_of_its_own_and_its_head():
+    policy_with_adapters = adapted()
+    critic = make_critic(policy_with_adapters)
+    trained = {name for name, p in critic.named_parameters() if p.requires_grad}
+    assert trained == {name for name, _ in critic.named_parameters()
+                       if "lora_" in name or name.startswith("head.")}
+    assert any("lora_" in name for name in trained)
+    shared = {p.data_ptr() for p in policy_with_adapters.parameters()}
+    assert not any(p.data_ptr() in shared for p in critic.parameters()), "a copy, not the policy's"
+    whole = make_critic(policy()[0])
+    assert all(p.requires_grad for p in whole.parameters()), "the twin: without adapters all"
 
 
 # -- sizes ----------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,9 +43,11 @@ def train(method, out, *, seed=0, steps=4, **changes):
     changes.setdefault("save_steps", 2)
     if method == "ppo":
         changes.setdefault("critic_warmup_steps", 1)
+    policy_settings = changes.pop("policy_settings", POLICY)
     return recipe(checkpoint(), out, rows(), settings(
         steps=steps, prompts_per_step=2, num_generations=4, micro_batch_prompts=2,
-        learning_rate=1e-3, seed=seed, **changes), POLICY, held_out=rows(6), evaluate_every=2)
+        learning_rate=1e-3, seed=seed, **changes), policy_settings, held_out=rows(6),
+        evaluate_every=2)
 
 
 def weights(folder):
@@ -193,9 +196,11 @@ def test_completions_are_handed_on_before_each_checkpoint(tmp_path):
     assert set(tables[0]["ueba_format"]) == {-1.0}, "an untrained policy writes no verdict"
 
 
-def test_the_critic_that_a_run_ended_with_is_kept(tmp_path):
-    train("ppo", tmp_path)
-    kept = recipes.load_trained_critic(tmp_path, checkpoint(), POLICY)
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_the_critic_that_a_run_ended_with_is_kept(lora_rank, tmp_path):
+    policy_settings = replace(POLICY, lora_rank=lora_rank)
+    train("ppo", tmp_path, policy_settings=policy_settings)
+    kept = recipes.load_trained_critic(tmp_path, checkpoint(), policy_settings)
     fresh = recipes.make_critic(load_policy(checkpoint(), POLICY))
     last = load_file(tmp_path / "checkpoints" / "checkpoint-4" / "critic.safetensors")
     assert all(torch.equal(tensor, last[name]) for name, tensor in kept.state_dict().items())

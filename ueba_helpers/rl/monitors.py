@@ -183,7 +183,7 @@ class Thresholds:
     entropy_share: float = 0.2  # of the start; entropy law of Cui et al. 2025, arXiv:2505.22617
     kl: float = 10.0  # nats per completion: TRL's PPO guide, "ideally between 0 and 10"; folklore
     length_factor: float = 2.0  # own choice, up or down from the start
-    dead_groups: float = 0.7  # own practice; such groups carry no gradient (DAPO, arXiv:2503.14476)
+    dead_groups: float = 0.7  # own practice; rewards give no gradient (DAPO, arXiv:2503.14476)
     clip_share: float = 0.2  # 5 to 20 % is usual; above it most of the update is thrown away
     ratio: float = 10.0  # upper end of dual-clip constants in use (3 to 10)
     truncated_share: float = 0.25  # own choice
@@ -256,8 +256,8 @@ class Health:
         self._row = row
         for key, value in row.items():
             number = _number(value)
-            if number is None:
-                continue
+            if number is None or (key == "grad_norm" and row.get("critic/warming_up")):
+                continue  # a frozen policy's norm is 0 and says nothing of the usual one
             self._series.setdefault(key, self._new_series()).append(number)
             first = self._first.setdefault(key, [])
             if len(first) < self.thresholds.start:
@@ -345,8 +345,8 @@ class Health:
         now = self._mean("frac_reward_zero_std")
         if self.num_generations == 1 or now is None or now <= self.thresholds.dead_groups:
             return None
-        return (f"In {now:.0%} of the groups all completions earn the same, so that they teach "
-                "nothing: choose prompts of another difficulty or larger groups.")
+        return (f"In {now:.0%} of the groups all completions earn the same, so that only the KL "
+                "tells them apart: choose prompts of another difficulty or larger groups.")
 
     def _clipping(self) -> str | None:
         now = self._mean("clip_ratio/region_mean")

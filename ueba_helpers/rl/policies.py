@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
@@ -217,9 +217,15 @@ def values_of(head: nn.Module, states: Tensor) -> Tensor:
 
 
 def make_critic(policy: PreTrainedModel) -> Critic:
-    """Return a critic whose backbone starts as a copy of the policy's, all of it trainable."""
+    """Return a critic whose backbone starts as a copy of the policy's.
+
+    All of it is trainable, or, where the policy carries adapters, its own copy of them: a critic of
+    billions of weights would cost several times what the policy does.
+    """
     backbone = copy.deepcopy(backbone_of(policy))
-    backbone.requires_grad_(True)
+    adapted = isinstance(policy, PeftModel)
+    for name, parameter in backbone.named_parameters():
+        parameter.requires_grad_(not adapted or "lora_" in name)
     return Critic(backbone)
 
 

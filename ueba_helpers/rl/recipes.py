@@ -195,6 +195,7 @@ def _shared_config(out: Path | str, settings: RLSettings, policy: PolicySettings
         "epsilon_high": settings.clip_high, "kl_coef": settings.kl_coef,
         "kl_placement": settings.kl_placement, "scale_rewards": settings.scale_rewards,
         "max_grad_norm": settings.max_grad_norm, "loss_type": "dapo",
+        "missing_eos_penalty": settings.missing_eos_penalty,
         "shared_prefix": settings.shared_prefix, "weight_decay": 0.0, "seed": settings.seed,
         "save_strategy": "steps", "save_steps": settings.save_steps, "save_total_limit": 3,
         "remove_unused_columns": False,
@@ -279,7 +280,7 @@ def load_trained(folder: Path | str, start: Path | str, policy: PolicySettings
 
 def load_trained_critic(out: Path | str, start: Path | str, policy: PolicySettings) -> Critic:
     """Return the separate critic that a PPO run in `out` ended with."""
-    critic = make_critic(load_policy(start, PolicySettings(**{**vars(policy), "lora_rank": 0})))
+    critic = make_critic(load_policy(start, policy))
     load_critic(critic, out)
     return critic.eval()
 

@@ -106,6 +106,7 @@ class RLSettings(_Settings):
     kl_placement: str = "reward"
     scale_rewards: str = "batch"
     max_grad_norm: float = 1.0
+    missing_eos_penalty: float = 0.5
     rewards: str = "ueba"
     shared_prefix: bool = True
     save_steps: int = 25
@@ -136,6 +137,13 @@ class RLSettings(_Settings):
         require(self.scale_rewards in ("none", "group", "batch"), "scale_rewards",
                 self.scale_rewards, "'none', 'group' and 'batch'")
         require(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "above 0")
+        require(self.missing_eos_penalty >= 0, "missing_eos_penalty", self.missing_eos_penalty,
+                "0 and more")
+        require(not (self.scale_rewards == "group" and self.kl_placement == "reward"
+                     and self.kl_coef > 0), "scale_rewards", self.scale_rewards,
+                "'none' and 'batch' while the KL is part of the reward (in a group whose rewards "
+                "are all equal the deviation is that of the KL alone, and dividing by it blows "
+                "noise up)")
         require(self.rewards in TRAINABLE, "rewards", self.rewards,
                 ", ".join(map(repr, TRAINABLE)))
         require(self.save_steps >= 1 and self.save_steps % self.num_iterations == 0, "save_steps",
@@ -170,6 +178,9 @@ class PPOSettings(RLSettings):
 
     def __post_init__(self):
         super().__post_init__()
+        require(self.scale_rewards != "group", "scale_rewards", self.scale_rewards,
+                "'none' and 'batch' (a group whose rewards are equal has no deviation to divide "
+                "PPO's advantages by)")
         require(self.critic in ("separate", "shared"), "critic", self.critic,
                 "'separate' and 'shared'")
         require(self.critic_learning_rate_ratio > 0, "critic_learning_rate_ratio",

@@ -113,7 +113,8 @@ class PPOConfig(PolicyGradientConfig):
     state, whose loss, weighed by `vf_coef`, also reaches the policy's trunk). During the first
     `critic_warmup_steps` optimiser steps only the critic learns. `scale_rewards="whiten"` gives
     token advantages mean zero and variance one over the batch; the other scales divide by the
-    same deviation of sequence rewards as in GRPO.
+    same deviation of sequence rewards as in GRPO. Not a group's: PPO's advantages of a group whose
+    rewards are equal need not be zero, and its deviation is.
     """
 
     num_generations: int | None = field(default=1, metadata={"help": "Completions per prompt."})
@@ -127,7 +128,7 @@ class PPOConfig(PolicyGradientConfig):
     value_clip: float | None = field(default=None, metadata={"help": "Clip range of values."})
     vf_coef: float = field(default=1.0, metadata={"help": "Weight of the value loss."})
 
-    _scales = ("none", "group", "batch", "whiten")
+    _scales = ("none", "batch", "whiten")
 
     def __post_init__(self):
         wanted = self.num_generations
@@ -484,6 +485,8 @@ class PolicyGradientTrainer(trl.GRPOTrainer):
         self._log("policy_loss",
                   self._sum_over_ranks(loss.detach()) / self.accelerator.num_processes)
         old = inputs.get("old_per_token_logps")
+        if old is None:  # one update per rollout: the sampler's own are the same policy's
+            old = inputs.get("sampling_per_token_logps")
         new = self._scored["log_probs"]
         mask = _loss_mask(inputs)
         log_ratio = torch.zeros_like(new) if old is None else (new - old) * mask
@@ -556,6 +559,7 @@ class GRPOTrainer(PolicyGradientTrainer):
         return self._of_this_rank(advantages, scores.numel())
 
 
+_LEAST_SCALE = 1e-3  # in reward units
 _SEQUENCES = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
 
 
@@ -631,6 +635,8 @@ class PPOTrainer(PolicyGradientTrainer):
             return self._whiten(advantages, mask)
         totals = self._gathered_returns(scores, penalties)
         scale = estimators.reward_scale(totals, self._group_size(), args.scale_rewards)
+        # Rewards that are all but equal have no deviation to divide by; R - V need not be small.
+        scale = scale.where(scale > _LEAST_SCALE, 1.0)
         return advantages / self._of_this_rank(scale, scores.numel()).unsqueeze(1)
 
     def _whiten(self, advantages: Tensor, mask: Tensor) -> Tensor:

@@ -380,7 +380,10 @@ class Study:
         sample = self.sample("dev")
         wanted = sample.loc[sample["headline"], "window_id"]
         table = self.windows.set_index("window_id", drop=False).loc[wanted]
-        few = table.groupby("risk").head(20 if exhibit else 30)
+        # Account by account in turn: the first rows alone would be a handful of insiders'.
+        turn = table.groupby(["risk", "user"]).cumcount()
+        table = table.assign(turn=turn).sort_values(["turn", "window_id"])
+        few = table.groupby("risk").head(20 if exhibit else 30).drop(columns="turn")
         return self.rows(few.reset_index(drop=True))
 
     def policy(self, method: str):
