@@ -47,8 +47,8 @@ CHAT_TEMPLATE = (
 )
 
 # Words may hold digits and underscores, so that item ids (e12), hosts and feature names can
-# become single tokens; numbers stay in pairs, so that an hour is one token.
-_WORDS = r" ?\p{L}[\p{L}\p{N}_]*|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|\s+"
+# become single tokens; numbers stay in pairs, so that an hour is one token, with its space.
+_WORDS = r" ?\p{L}[\p{L}\p{N}_]*| ?\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|\s+"
 
 
 @contextmanager
