@@ -1,13 +1,14 @@
 """Is learning real? SFT start, PPO and GRPO over several seeds, with intervals over seeds.
 
-    python benchmarks/learn_check.py --profile laptop --seeds 1 2 3 --runs runs
+    python benchmarks/learn_check.py --profile laptop --seeds 5 6 7 --runs runs
 
 Each seed is a study of its own: another simulated organisation, another split, other training
-randomness. Judged on the dev sample of held-out users (the test users stay closed). Seed 0 is left
-out by default: the settings were chosen on its organisation. Asked for:
-the SFT start gives at least 0.97 valid verdicts; PPO and GRPO each gain at least 0.05 macro-F1
-over it; macro-F1 and the mean reward of valid verdicts both rise, with 95 % Student intervals over
-seeds above zero. Exits 1 where one of these does not hold. Complete runs are reused.
+randomness. Judged on the dev sample of held-out users (the test users stay closed). Seeds 0 to 4
+are left out by default: settings were chosen or tried on their organisations. Asked for:
+every policy gives at least 0.97 valid verdicts; PPO and GRPO each gain at least 0.05 macro-F1 over
+the SFT start; macro-F1 and the mean reward of valid verdicts both rise, with 95 % Student intervals
+over seeds above zero. Exits 1 where one of these does not hold. Complete runs are reused.
+The result names the settings and the code it was measured with.
 """
 
 import argparse
@@ -20,7 +21,9 @@ import pandas as pd
 from sklearn.metrics import f1_score
 
 from ueba_helpers.data.files import write_json
+from ueba_helpers.study.config import profile
 from ueba_helpers.study.evaluation import seed_interval
+from ueba_helpers.study.runs import code_fingerprint, content_hash, provenance
 from ueba_helpers.study.stages import Study, open_study
 from ueba_helpers.task.rewards import ueba_reward
 from ueba_helpers.task.verdicts import RISKS
@@ -41,6 +44,7 @@ def judged(study: Study, method: str) -> dict:
     valid = table["valid"].to_numpy(bool)
     return {"macro_f1": float(f1_score(table["label"], table["risk"], labels=list(RISKS),
                                        average="macro", zero_division=0)),
+            "reward": float(rewards.mean()),
             "valid": float(valid.mean()), "windows": len(table),
             "reward_of_valid": float(rewards[valid].mean()) if valid.any() else float("nan"),
             **{f"recall_{risk}": float((table.loc[table["label"] == risk, "risk"] == risk).mean())
@@ -50,7 +54,7 @@ def judged(study: Study, method: str) -> dict:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--profile", default="laptop")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[5, 6, 7])
     parser.add_argument("--runs", default="runs")
     parser.add_argument("--out", default="benchmarks/results/learn_check.json")
     args = parser.parse_args()
@@ -65,10 +69,16 @@ def main() -> int:
                                       "seconds": study.costs(method)["wall_seconds_training"]}
             print(seed, method, {k: round(v, 3) for k, v in per_seed[seed][method].items()},
                   flush=True)
-    result = {"profile": args.profile, "seeds": args.seeds, "runs": per_seed, "gains": {}}
-    holds = {"valid": all(runs["sft"]["valid"] >= LEAST_VALID for runs in per_seed.values())}
+    chosen = profile(args.profile)
+    made_by = {"settings": content_hash(chosen.as_dict(), 16),
+               "code": code_fingerprint("data", "task", "rl"), "commit": provenance()["commit"]}
+    result = {"profile": args.profile, "made_by": made_by, "seeds": args.seeds, "runs": per_seed,
+              "gains": {}}
+    holds = {f"{method} valid": all(runs[method]["valid"] >= LEAST_VALID
+                                    for runs in per_seed.values())
+             for method in ("sft", "grpo", "ppo")}
     for method in ("grpo", "ppo"):
-        for metric in ("macro_f1", "reward_of_valid"):
+        for metric in ("macro_f1", "reward_of_valid", "reward"):
             gains = [runs[method][metric] - runs["sft"][metric] for runs in per_seed.values()]
             mean, low, high = seed_interval(gains)
             result["gains"][f"{method} {metric}"] = {
