@@ -5,6 +5,7 @@ import dataclasses
 import pandas as pd
 import pytest
 
+from ueba_helpers.data import splits, windows
 from ueba_helpers.data.files import write_json
 from ueba_helpers.errors import UserError
 from ueba_helpers.rl.settings import SFTSettings
@@ -94,3 +95,16 @@ def test_a_run_takes_the_seed_of_the_study(study):
     assert settings.seed == 7
     assert stages.replace_seed(study.profile.sft, 7) == study.profile.sft
     assert dataclasses.asdict(settings) != dataclasses.asdict(study.profile.ppo)
+
+
+def test_seeds_of_one_release_judge_the_same_days_of_the_same_people(study, tmp_path):
+    """Or the test users of one seed would be the training users of the next."""
+    store = str(study.home / "store")
+    first, second = (stages.open_study("smoke", seed, store, str(tmp_path)) for seed in (0, 1))
+    split = [pd.read_parquet(each.home / "splits.parquet") for each in (first, second)]
+    assert split[0].equals(split[1])
+    for name in stages.SPLITS:
+        assert first.sample(name).equals(second.sample(name))
+    assert not first.training_windows("rl").equals(second.training_windows("rl"))
+    users = windows.users_table(first.windows)
+    assert not splits.assign(users, seed=1).equals(split[1]), "the twin: a split by seed differs"

@@ -81,13 +81,16 @@ def prepare_data(profile: str, seed: int, data: str, runs: str, *,
     if users["incident"].notna().sum() == 0:
         raise UserError(f"{release}: no insider of the answer key acts in these logs, so nothing "
                         "can be learned or judged. Check the answers folder.")
-    assigned = splits.assign(users, seed=seed)
+    # Another seed simulates other people. Of a given release there is one split and one sample to
+    # judge: else the test users of one seed would be the training users of the next.
+    judged_seed = 0 if data else seed
+    assigned = splits.assign(users, seed=judged_seed)
     write_parquet(home / "splits.parquet", assigned)
     train_users = assigned.loc[assigned["split"] == "train", "user"]
     windows.relabel(home / "windows", train_users, memory_limit=chosen.memory_limit)
     table = windows.read(home / "windows").merge(assigned, on="user", validate="many_to_one")
     say("drawing samples")
-    counts = _samples(home, chosen, table, list(train_users), seed)
+    counts = _samples(home, chosen, table, list(train_users), seed, judged_seed)
     say("auditing")
     manifest = windows.read_manifest(home / "windows")
     audit = _audit(home, chosen, table, assigned, manifest, release, seed)
@@ -142,7 +145,7 @@ def _windows_needed(chosen: Profile) -> dict[str, int]:
 
 
 def _samples(home: Path, chosen: Profile, table: pd.DataFrame, train_users: list[str],
-             seed: int) -> dict:
+             seed: int, judged_seed: int) -> dict:
     """Write which windows are trained on and judged, with their evidence and truth."""
     clear = table[~(table["ignore"] | table["precursor"])]
     needed = _windows_needed(chosen)
@@ -154,12 +157,12 @@ def _samples(home: Path, chosen: Profile, table: pd.DataFrame, train_users: list
     order = pd.concat([pd.DataFrame({"purpose": name, "window_id": rows["window_id"].to_numpy()})
                        for name, rows in training.items()], ignore_index=True)
     write_parquet(home / "training.parquet", order)
-    hardness = baselines.hardness_score(table, train_users, seed=seed)
+    hardness = baselines.hardness_score(table, train_users, seed=judged_seed)
     sizes = {"dev": (chosen.evaluation.dev_per_class, chosen.evaluation.dev_benign),
              "test": (chosen.evaluation.headline_per_class, chosen.evaluation.n_benign)}
     judged = pd.concat([
         splits.evaluation_sample(table, hardness, split=split, headline_per_class=per_class,
-                                 n_benign=benign, seed=seed,
+                                 n_benign=benign, seed=judged_seed,
                                  base_rate=chosen.evaluation.base_rate)
         for split, (per_class, benign) in sizes.items()], ignore_index=True)
     write_parquet(home / "judged.parquet", judged)
