@@ -108,3 +108,16 @@ def test_seeds_of_one_release_judge_the_same_days_of_the_same_people(study, tmp_
     assert not first.training_windows("rl").equals(second.training_windows("rl"))
     users = windows.users_table(first.windows)
     assert not splits.assign(users, seed=1).equals(split[1]), "the twin: a split by seed differs"
+
+
+def test_the_watched_days_are_spread_over_accounts(study):
+    sample = study.sample("dev")
+    judged = set(sample.loc[sample["headline"], "window_id"])
+    table = study.windows[study.windows["window_id"].isin(judged)].sort_values("window_id")
+    accounts = table.groupby("risk")["user"].nunique()
+    assert accounts.min() >= 2
+    watched = pd.DataFrame(study._watched(per_class=2))
+    assert set(watched["window_id"]) <= judged and len(watched) == 6
+    assert (watched.groupby("label")["user"].nunique() == 2).all()
+    first = table.groupby("risk").head(2)
+    assert (first.groupby("risk")["user"].nunique() < 2).any(), "the twin: the first rows"

@@ -357,13 +357,14 @@ class Study:
         start = self.start_of(method)
         checkpoint = latest_checkpoint(folder.checkpoints)
         step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+        watched = self._watched(20 if exhibit else 30) if method in recipes.METHODS else []
         with ResourceMonitor() as monitor:
             if method in recipes.METHODS:
                 earlier = [step]  # rows behind the resumed step are dropped, once
                 held_out = _HeldOutLog(folder.path / "held_out.jsonl", resumed_step=step)
                 trained = recipes.METHODS[method](
                     start, folder.path, self.rows(self.training_windows("rl")), settings,
-                    self.profile.policy, held_out=self._watched(exhibit),
+                    self.profile.policy, held_out=watched,
                     evaluate_every=max(1, settings.steps // (4 if exhibit else 6)),
                     on_held_out=held_out.write,
                     on_completions=lambda rows: folder.add_completions(
@@ -374,19 +375,19 @@ class Study:
                                       settings, self.profile.policy, seed=self.seed,
                                       on_step=folder.log().write)
         folder.add_resources({**monitor.result, **trained.costs})
-        rows = self._watched(exhibit=True) if exhibit else self.judged_rows("dev")
+        rows = watched if exhibit else self.judged_rows("dev")
         folder.finish(self._predicted(method, folder, rows, "dev"))
         recipes.drop_checkpoints(folder.path)
 
-    def _watched(self, exhibit: bool = False) -> list[dict]:
+    def _watched(self, per_class: int) -> list[dict]:
         """A slice of the dev sample's headline windows, the same for every method."""
         sample = self.sample("dev")
         wanted = sample.loc[sample["headline"], "window_id"]
-        table = self.windows.set_index("window_id", drop=False).loc[wanted]
+        table = self.windows[self.windows["window_id"].isin(wanted)]
         # Account by account in turn: the first rows alone would be a handful of insiders'.
         turn = table.groupby(["risk", "user"]).cumcount()
         table = table.assign(turn=turn).sort_values(["turn", "window_id"])
-        few = table.groupby("risk").head(20 if exhibit else 30).drop(columns="turn")
+        few = table.groupby("risk").head(per_class).drop(columns="turn")
         return self.rows(few.reset_index(drop=True))
 
     def policy(self, method: str):
