@@ -39,7 +39,7 @@ from ueba_helpers.task import baselines, prompts
 
 SPLITS = ("dev", "test")
 CLASSICAL = baselines.DETECTORS
-GBOOST_SAME = "gradient_boosting_same_windows"  # trained on exactly the policy's windows
+GBOOST_SAME = "gradient_boosting_same_windows"  # trained on exactly the windows of PPO and GRPO
 POLICIES = ("sft", "sft_all", "ppo", "grpo")
 
 Progress = Callable[[str], None] | None
