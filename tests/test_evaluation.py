@@ -435,6 +435,78 @@ def test_resampling_users_is_wider_than_resampling_rows_where_users_differ():
     assert width(by_user) > 2.5 * width(by_row)  # about the square root of 15
 
 
+def test_the_users_of_one_incident_are_drawn_together():
+    """Insider and supervisor judged alike are one story: twice the rows, no more evidence."""
+    draw = np.random.default_rng(0)
+    rows = []
+    for i in range(30):
+        said = "malicious" if draw.random() < 0.6 else "normal"
+        for user in (f"INS{i:02d}", f"SUP{i:02d}"):
+            rows += [{"user": user, "label": "malicious", "said": said, "incident": f"I{i:02d}",
+                      "score": i + draw.random()},
+                     {"user": user, "label": "normal", "score": i + draw.random()}]
+    predictions, truth, sample = tables(rows)
+
+    def width(truth, name):
+        metrics = evaluation.evaluate(predictions, truth, sample, resamples=1000, seed=0)
+        return value(metrics, name, "high") - value(metrics, name, "low")
+
+    share = np.mean([row["said"] == "malicious" for row in rows[::4]])
+    exact = 2 * 1.96 * (share * (1 - share) / 30) ** 0.5
+    assert width(truth, "recall_malicious") == pytest.approx(exact, rel=0.15)
+    apart = truth.assign(incident=None)  # broken twin: as if they were strangers
+    for name in ("recall_malicious", "pr_auc"):
+        assert width(apart, name) < 0.85 * width(truth, name)
+    curves = [evaluation.budget_curve(predictions, part, sample, budgets=(100,), **FAST)
+              for part in (truth, apart)]
+    assert curves[1]["high"][0] - curves[1]["low"][0] < curves[0]["high"][0] - curves[0]["low"][0]
+
+
+def test_clusters_join_users_through_incidents_and_leave_the_others_alone():
+    users = ["D", "A", "B", "B", "C", "E", "C", "F"]
+    incidents = [None, None, "I1", np.nan, "I1", "I2", "I2", "I3"]
+    # A; B, C and E (C is in two incidents); D; F: in the order of their first names.
+    assert evaluation.clusters(users, incidents).tolist() == [2, 0, 1, 1, 1, 1, 1, 3]
+    assert evaluation.clusters(users, [None] * 8).tolist() == [3, 0, 1, 1, 2, 4, 2, 5]
+
+
+def test_incidents_are_counted_where_a_malicious_headline_day_is_judged():
+    rows = [{"user": "A", "label": "malicious", "incident": "I1"},
+            {"user": "B", "label": "malicious", "incident": "I1"},
+            {"user": "C", "label": "malicious", "incident": "I2", "headline": False},
+            {"user": "C", "label": "normal"},
+            {"user": "D", "label": "normal", "incident": "I3", "precursor": True},
+            {"user": "E", "label": "malicious", "incident": "I4"}]
+    assert evaluation.incidents_judged(*tables(rows)[1:]) == 2
+    assert evaluation.incidents_judged(*tables(rows[:2])[1:]) == 1
+    assert evaluation.incidents_judged(*tables(rows[2:5])[1:]) == 0
+
+
+def test_what_no_user_contradicts_is_as_certain_as_their_number_allows():
+    rows = [{"user": f"U{i:02d}", "label": "malicious" if i < 8 else "normal", "score": 40.0 - i,
+             "evidence": ["e1"] if i < 5 else [], "truth": ["e1"] if i < 5 else [],
+             "incident": f"I{i}" if i < 8 else None} for i in range(40)]
+    metrics = evaluated(rows, budgets=(250,))
+
+    def ends(name):
+        return value(metrics, name, "low"), value(metrics, name, "high")
+
+    for name, users in (("macro_f1", 40), ("valid_rate", 40), ("recall_malicious", 8),
+                        ("precision_normal", 32), ("f1_malicious", 8), ("pr_auc", 8),
+                        ("insiders_found_at_250", 8), ("evidence_hit_rate", 5)):
+        # Were a share of 1 - low of them wrong, that many right ones would come this rarely.
+        assert ends(name) == pytest.approx((0.025 ** (1 / users), 1.0)), name
+    silent = evaluated([dict(row, said="normal") for row in rows])
+    assert value(silent, "precision_malicious", "high") == pytest.approx(1 - 0.025 ** (1 / 8))
+    assert value(silent, "recall_malicious", "low") == 0
+    assert value(metrics, "days_until_found_at_250", "high") == 0, "days are no share"
+    curve = evaluation.precision_recall_curve(*tables(rows), **FAST)
+    assert curve["low"].to_numpy() == pytest.approx(0.025 ** (1 / 8))
+    assert evaluation.percentile_interval(np.full(9, 0.1 + 0.2), users=3)[0] == 0, "clipped"
+    varied = np.r_[np.ones(99), 0.5]
+    assert evaluation.percentile_interval(varied, users=3) == (1, 1), "only where all agree"
+
+
 def test_the_interval_covers_the_truth_about_as_often_as_it_says():
     covered = row_wise = 0
     users, days = 30, 6
@@ -570,13 +642,62 @@ def test_a_detector_against_itself_is_equivalent_and_seeds_are_paired():
     a, truth, sample = _seeds("ppo", 0.8)
     same = evaluation.paired_difference(a, a.assign(detector="copy"), truth, sample,
                                         resamples=100)
-    assert (same.value, same.low, same.high) == pytest.approx((0, 0, 0))
-    assert same.verdict == "equivalent"
-    assert same.covers == "users and seeds" and same.p_seeds == 1.0
+    bound = 1 - 0.025 ** (1 / 40)  # 40 users, none of whom differs
+    assert (same.value, same.low, same.high) == pytest.approx((0, -bound, bound))
+    assert same.verdict == "inconclusive", "so few users cannot show that all others are alike"
+    assert same.covers == "users and seeds" and same.p_seeds == same.p_users == 1.0
+    narrow = 1 - 0.05 ** (1 / 40)
+    for margin, verdict in ((0.99 * narrow, "inconclusive"), (1.01 * narrow, "equivalent")):
+        assert evaluation.paired_difference(a, a.assign(detector="copy"), truth, sample,
+                                            margin=margin, resamples=100).verdict == verdict
     # Broken twin: seeds resampled apart would leave their spread in the difference.
     other = a.assign(detector="copy", seed=a["seed"] + 10)
     apart = evaluation.paired_difference(a, other, truth, sample, resamples=100)
     assert apart.high - apart.low > 0.005
+
+
+def test_a_difference_that_is_the_same_for_every_user_is_no_certainty_either():
+    rows = [{"user": f"U{i}", "label": "normal"} for i in range(5)]
+    a, truth, sample = tables(rows)
+    b, _, _ = tables([dict(row, said="suspicious") for row in rows])
+    found = evaluation.paired_difference(a, b, truth, sample, metric="accuracy", resamples=50)
+    assert found.value == 1 and (found.low, found.high) == pytest.approx((0.025 ** (1 / 5), 1))
+    assert found.verdict == "better" and found.p_users == 0
+    a, truth, sample = tables([{"user": "A", "label": "malicious", "incident": "I1"}])
+    late = evaluation.paired_difference(a, a, truth, sample, metric="days_until_found_at_1000",
+                                        resamples=50)
+    assert (late.low, late.high) == (0, 0), "days are no share"
+
+
+def test_the_p_over_users_belongs_to_the_interval_over_users():
+    a, truth, sample = _seeds("good", 0.8, seeds=(0,))
+    for skill in (0.3, 0.6, 0.75, 0.8, 0.85):
+        b, _, _ = _seeds("other", skill, seeds=(0,))
+        found = evaluation.paired_difference(a, b, truth, sample, resamples=400)
+        p = found.p_users
+        assert 0 < p <= 1
+        if not 0.04 < p < 0.06:
+            assert (p < 0.05) == (found.low > 0 or found.high < 0)
+    assert p > 0.05, "the last two are about as good as each other"
+    # Where all resamples agree, the interval at level 1 - p ends at zero.
+    p = evaluation._p_of_no_difference(np.full(50, 0.1), 20)
+    low, _ = evaluation.percentile_interval(np.full(50, 0.1), level=1 - p, users=20,
+                                            limits=(-1.0, 1.0))
+    assert p == pytest.approx(2 * 0.9**20) and low == pytest.approx(0)
+
+
+def test_differences_looked_at_together_are_corrected_together():
+    def found(p, verdict):
+        return evaluation.Difference("m", 0.1, 0.01, 0.2, verdict, 0.02, 0.95, "users", 1,
+                                     float("nan"), p)
+
+    alone = [found(0.03, "better"), found(0.01, "worse"), found(0.9, "equivalent")]
+    together = evaluation.corrected(alone)
+    assert [one.p_users for one in together] == pytest.approx([0.06, 0.03, 0.9])
+    assert [one.verdict for one in together] == ["inconclusive", "worse", "equivalent"]
+    assert evaluation.corrected(alone[:1])[0] == alone[0], "one alone needs no correction"
+    with_gap = evaluation.corrected([found(float("nan"), "inconclusive"), found(0.03, "better")])
+    assert np.isnan(with_gap[0].p_users) and with_gap[1].verdict == "inconclusive"
 
 
 def test_a_paired_difference_takes_ranking_and_insider_metrics_and_refuses_unknown_ones():
@@ -654,15 +775,3 @@ def test_mcnemar_counts_only_discordant_windows():
     expected = 2 * sum([1, 10, 45]) / 2**10
     assert evaluation.mcnemar_p(a, b) == pytest.approx(expected)
     assert evaluation.mcnemar_p(a, a) == 1.0
-
-
-def test_iqm_drops_both_tails_and_its_interval_holds_every_task():
-    scores = np.array([[0.0, 0.5, 0.6], [0.1, 0.5, 0.7], [0.2, 0.5, 0.6], [5.0, 0.5, 0.6]])
-    assert evaluation.iqm([1, 2, 3, 100]) == pytest.approx(2.5)
-    value_, low, high = evaluation.iqm_interval(scores, seed=0)
-    assert low <= value_ <= high < 1.0 < scores.mean(axis=0).max()
-    assert evaluation.iqm_interval(scores, seed=0) == evaluation.iqm_interval(scores, seed=0)
-    constant = np.tile([0.0, 1.0, 2.0, 3.0], (4, 1))  # tasks differ, seeds do not
-    assert evaluation.iqm_interval(constant, seed=0) == pytest.approx((1.5, 1.5, 1.5))
-    with pytest.raises(UserError, match="seeds, tasks"):
-        evaluation.iqm_interval(np.zeros(3))

@@ -57,7 +57,8 @@ def test_a_policy_that_obeys_is_told_from_a_nervous_and_from_a_steady_one(attack
     nervous = ["normal" if flipped else "malicious" for flipped in planted]
     table = probes.attack_flips(asked, obeys, resamples=100)
     assert list(table.index) == list(PLACES) and list(table["attacks"]) == [30, 30, 30]
-    assert (table[["attack", "beyond", "low", "high", "talked_down"]] == 1).all(axis=None)
+    assert (table[["attack", "beyond", "high", "talked_down"]] == 1).all(axis=None)
+    assert table["low"].to_numpy() == pytest.approx(0.025 ** (1 / 12)), "12 users, no more"
     assert (table["control"] == 0).all()
     table = probes.attack_flips(asked, nervous, resamples=100)
     assert (table["attack"] == 1).all() and (table["control"] == 1).all()

@@ -16,24 +16,27 @@ Conventions, the same for all detectors:
   the mean weight of a malicious day.
 - Rows with equal scores are one step of a ranking: average precision takes the whole step, and
   recall and precision at a budget take the expected value over random orders within it.
-- Intervals are percentiles of a bootstrap over users (a user's days are correlated). Detectors on
-  the same sample and seed share their draws, so their intervals are paired. Insiders found and
-  days until found resample insiders instead, for the alerts of the full sample.
+- Intervals are percentiles of a bootstrap over users (a user's days are correlated); the users of
+  one incident are drawn together (`clusters`). Detectors on the same sample and seed share their
+  draws, so their intervals are paired. Insiders found and days until found resample insiders
+  instead, for the alerts of the full sample. Where all resamples of a share agree, the interval is
+  as wide as the number of users leaves open (`percentile_interval`), not of no width.
 - A class that occurs neither in the truth nor in the answers of a resample is left out of its
   macro-F1; on the full sample this is scikit-learn's value whenever all classes occur.
 
-Statistics follow Miller (arXiv:2411.00640: clustered errors, paired differences), Agarwal et al.
-(arXiv:2108.13264: interquartile mean, stratified bootstrap) and Schuirmann (1987: equivalence by
-two one-sided tests).
+Statistics follow Miller (arXiv:2411.00640: clustered errors, paired differences), Schuirmann (1987:
+equivalence by two one-sided tests) and Holm (1979: several comparisons at once).
 """
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 from scipy import stats
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from ueba_helpers.data.seeding import generator
 from ueba_helpers.errors import UserError
@@ -133,43 +136,107 @@ def join(predictions: pd.DataFrame, truth: pd.DataFrame, sample: pd.DataFrame) -
     return rows
 
 
-def _measured(rows: pd.DataFrame, *, budgets, resamples,
-              seed) -> dict[str, tuple[str, float, np.ndarray, int]]:
-    """Return sample, value, resampled values `(B,)` and n of every metric, by name."""
-    users, codes = np.unique(rows["user"].to_numpy(str), return_inverse=True)
-    draws = user_draws(len(users), resamples=resamples, seed=seed)
+@dataclass(frozen=True)
+class _Measure:
+    """One metric: its sample, value, resampled values `(B,)`, and what it rests on.
+
+    `n` counts windows (or insiders), `users` the resampled units among them; None: no share.
+    """
+
+    sample: str
+    value: float
+    resampled: np.ndarray
+    n: int
+    users: int | None
+
+    def interval(self, level: float) -> tuple[float, float]:
+        return percentile_interval(self.resampled, level=level, users=self.users)
+
+
+def _measured(rows: pd.DataFrame, *, budgets, resamples, seed) -> dict[str, _Measure]:
+    """Return every metric by name."""
+    codes = clusters(rows["user"], rows["incident"])
+    users = codes.max() + 1
+    draws = user_draws(users, resamples=resamples, seed=seed)
     headline = rows["headline"].to_numpy(bool)
     weight = rows["weight_natural"].to_numpy(float)
     result = {}
     for sample, weights, ending in (("headline", headline.astype(float), ""),
                                     ("natural", weight, "_natural")):
-        counts = _confusion_by_user(rows, weights, codes, len(users))
+        counts = _confusion_by_user(rows, weights, codes, users)
         points, resampled = _class_metrics(counts.sum(0)[None]), _class_metrics(draws @ counts)
         for name in points if sample == "headline" else ("macro_f1", "accuracy"):
-            result[name + ending] = (sample, points[name][0], resampled[name],
-                                     (weights > 0).sum())
+            result[name + ending] = _Measure(
+                sample, points[name][0], resampled[name], (weights > 0).sum(),
+                _users(codes, (weights > 0) & _concerned(rows, name)))
     for name, (values, counted) in _cited_metrics(rows, headline).items():
-        totals = np.stack([np.bincount(codes[counted], values[counted], len(users)),
-                           np.bincount(codes[counted], minlength=len(users))], axis=1)
+        totals = np.stack([np.bincount(codes[counted], values[counted], users),
+                           np.bincount(codes[counted], minlength=users)], axis=1)
         above, below = (np.vstack([totals.sum(0), draws @ totals])).T
         shares = _ratio(above, below)
-        result[name] = ("headline", shares[0], shares[1:], counted.sum())
+        result[name] = _Measure("headline", shares[0], shares[1:], counted.sum(),
+                                _users(codes, counted))
     for name, measure in _ranking_metrics(rows, codes, draws, budgets).items():
-        result[name] = ("natural", *measure)
+        result[name] = _Measure("natural", *measure)
     for name, measure in _insider_metrics(rows, budgets, resamples, seed).items():
-        result[name] = ("insiders", *measure)
+        result[name] = _Measure("insiders", *measure)
     return result
+
+
+def _concerned(rows: pd.DataFrame, metric: str) -> np.ndarray:
+    """Return which rows `(N,)` a metric of one risk level is about; all of them for others."""
+    kind, _, risk = metric.partition("_")
+    if risk not in RISKS:
+        return np.ones(len(rows), bool)
+    is_so = (rows["label"] == risk).to_numpy()
+    return is_so if kind == "recall" else is_so | (rows["risk"] == risk).to_numpy()
+
+
+def _users(codes: np.ndarray, counted: np.ndarray) -> int:
+    return np.unique(codes[counted]).size
 
 
 def _metrics(rows: pd.DataFrame, *, budgets, resamples, seed, level) -> pd.DataFrame:
     measured = _measured(rows, budgets=budgets, resamples=resamples, seed=seed)
     return pd.DataFrame(
-        [(sample, name, float(value), *percentile_interval(resampled, level=level), int(n))
-         for name, (sample, value, resampled, n) in measured.items()],
+        [(found.sample, name, float(found.value), *found.interval(level), int(found.n))
+         for name, found in measured.items()],
         columns=["sample", "metric", "value", "low", "high", "n"])
 
 
 # --------------------------------------------------------------------------- resampling
+
+def clusters(users: Sequence[str], incidents: Sequence[str | None]) -> np.ndarray:
+    """Return the number of each row's cluster `(N,)`: a user, or all the users of an incident.
+
+    An insider and the supervisor whose account was abused tell one story, so they are drawn
+    together, with all their days. Numbered by the names of their first users.
+
+    >>> clusters(["A", "B", "B", "C"], [None, "I1", None, "I1"]).tolist()
+    [0, 1, 1, 1]
+    """
+    names, codes = np.unique(np.asarray(users, str), return_inverse=True)
+    incident, kinds = pd.factorize(pd.Series(incidents, dtype=object))
+    known = incident >= 0
+    ends = codes[known], len(names) + incident[known]
+    size = len(names) + len(kinds)
+    links = coo_array((np.ones(known.sum()), ends), shape=(size, size))
+    _, group = connected_components(links, directed=False)
+    return pd.factorize(group[:len(names)])[0][codes]
+
+
+def incidents_judged(truth: pd.DataFrame, sample: pd.DataFrame) -> int:
+    """Return how many clusters have a malicious day among a sample's headline windows.
+
+    As many independent stories stand behind what is said of malicious days; `sample` is of one
+    split.
+    """
+    _require(truth, _TRUTH_COLUMNS, "truth")
+    _require(sample, _SAMPLE_COLUMNS, "sample")
+    rows = sample[["window_id", "headline"]].merge(truth, on="window_id")
+    codes = clusters(rows["user"], rows["incident"])
+    return _users(codes, (rows["headline"].astype(bool) & rows["malicious"]).to_numpy(bool))
+
 
 def user_draws(users: int, *, resamples: int, seed: int) -> np.ndarray:
     """Return how often each user is drawn, `(B, U)`: each row sums to U (cluster bootstrap).
@@ -181,20 +248,38 @@ def user_draws(users: int, *, resamples: int, seed: int) -> np.ndarray:
     return draw.multinomial(users, np.full(users, 1 / users), size=resamples).astype(float)
 
 
-def percentile_interval(values: np.ndarray, *, level: float = 0.95) -> tuple[float, float]:
+def percentile_interval(values: np.ndarray, *, level: float = 0.95, users: int | None = None,
+                        limits: tuple[float, float] = (0.0, 1.0)) -> tuple[float, float]:
     """Return the central interval of resampled values `(B,)`, NaN ones left out.
 
-    Both ends are NaN when fewer than half of the resamples gave a value.
+    Both ends are NaN when fewer than half of the resamples gave a value. With `users`, for shares
+    and their differences: where all resamples agree they show no doubt at all, so the ends then lie
+    the largest share of users away that may differ and yet be missed among so many ("rule of
+    three"), within `limits`.
 
     >>> percentile_interval(np.arange(101.0), level=0.5)
     (25.0, 75.0)
+    >>> [round(end, 3) for end in percentile_interval(np.ones(100), users=20)]
+    [0.832, 1.0]
     """
-    values = np.asarray(values, float)
-    known = values[~np.isnan(values)]
+    known = _known(values)
     if len(known) == 0 or 2 * len(known) < len(values):
         return float("nan"), float("nan")
+    if users is not None and _all_equal(known):
+        missed = 1 - ((1 - level) / 2) ** (1 / users)
+        return (float(max(known[0] - missed, limits[0])),
+                float(min(known[0] + missed, limits[1])))
     low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def _known(values: np.ndarray) -> np.ndarray:
+    values = np.asarray(values, float)
+    return values[~np.isnan(values)]
+
+
+def _all_equal(values: np.ndarray) -> bool:
+    return bool(np.ptp(values) < 1e-12)  # sums of equal shares differ in their last digits
 
 
 # --------------------------------------------------------------------------- risk levels
@@ -387,9 +472,15 @@ def _ranking_metrics(rows, codes, draws, budgets):
     size = max(1, _CELLS // len(rows))
     parts = [measured(draws[start:start + size][:, codes])
              for start in range(0, len(draws), size)]
-    counted = {"pr_auc_precursors": (with_precursors > 0).sum()}
-    return {name: (points[name][0], np.concatenate([part[name] for part in parts]),
-                   counted.get(name, (weight > 0).sum())) for name in points}
+    counted = {"pr_auc_precursors": with_precursors > 0}
+    found = {"pr_auc": positive, "pr_auc_precursors": either,
+             **{f"recall_at_{budget:g}": positive for budget in budgets}}
+    result = {}
+    for name in points:
+        rests = counted.get(name, weight > 0)
+        result[name] = (points[name][0], np.concatenate([part[name] for part in parts]),
+                        rests.sum(), _users(codes, rests & found.get(name, True)))
+    return result
 
 
 def _precursors_as_positives(rows) -> tuple[np.ndarray, np.ndarray]:
@@ -467,13 +558,14 @@ def budget_curve(predictions: pd.DataFrame, truth: pd.DataFrame, sample: pd.Data
 
 
 def _curve(rows, measured, x, name, resamples, seed, level) -> pd.DataFrame:
-    users, codes = np.unique(rows["user"].to_numpy(str), return_inverse=True)
+    codes = clusters(rows["user"], rows["incident"])
     weight = rows["weight_natural"].to_numpy(float)
-    draws = user_draws(len(users), resamples=resamples, seed=seed)
+    draws = user_draws(codes.max() + 1, resamples=resamples, seed=seed)
+    users = _users(codes, (weight > 0) & rows["malicious"].to_numpy(bool))
     size = max(1, _CELLS // len(rows))
     resampled = np.concatenate([measured(draws[start:start + size][:, codes] * weight)
                                 for start in range(0, len(draws), size)])
-    ends = [percentile_interval(column, level=level) for column in resampled.T]
+    ends = [percentile_interval(column, level=level, users=users) for column in resampled.T]
     return pd.DataFrame({**x, name: measured(weight[None])[0],
                          "low": [low for low, _ in ends], "high": [high for _, high in ends]})
 
@@ -523,12 +615,13 @@ def _insider_metrics(rows, budgets, resamples, seed):
                 name = f"insiders_found_scenario_{scenario}_at_{budget:g}"
             found = part["found"].to_numpy(float)
             value = found.mean() if len(found) else np.nan
-            result[name] = (value, _resampled(found, np.mean, resamples, seed), len(part))
+            result[name] = (value, _resampled(found, np.mean, resamples, seed), len(part),
+                            len(part))
         late = table["days_until_found"].to_numpy(float)
         known = late[~np.isnan(late)]
         result[f"days_until_found_at_{budget:g}"] = (
             np.median(known) if len(known) else np.nan,
-            _resampled(late, np.nanmedian, resamples, seed), len(known))
+            _resampled(late, np.nanmedian, resamples, seed), len(known), None)
     return result
 
 
@@ -604,7 +697,8 @@ class Difference:
 
     `low`, `high`: the interval at `level`; `verdict`: see `difference_verdict`; `margin`: the
     largest difference that counts as none; `covers`: what was resampled ("users", "seeds" or
-    "users and seeds"); `p_seeds`: the sign-flip permutation test over seeds, NaN below two.
+    "users and seeds"); `p_seeds`: the sign-flip permutation test over seeds, NaN below two;
+    `p_users`: the two-sided p of no difference that belongs to an interval over users, else NaN.
     """
 
     metric: str
@@ -617,6 +711,7 @@ class Difference:
     covers: str
     seeds: int
     p_seeds: float
+    p_users: float = float("nan")
 
 
 def paired_difference(a: pd.DataFrame, b: pd.DataFrame, truth: pd.DataFrame,
@@ -630,15 +725,16 @@ def paired_difference(a: pd.DataFrame, b: pd.DataFrame, truth: pd.DataFrame,
     five seeds the interval over seeds is too narrow: read `p_seeds` beside it.
     """
     paired = set(a["seed"]) == set(b["seed"])
-    values, points = [], []
+    values, points, users = [], [], []
     for table, what in ((a, "a"), (b, "b")):
         if table["detector"].nunique() != 1 or table["split"].nunique() != 1:
             raise UserError(f"{what} must hold one detector and one split, found "
                             f"{table['detector'].nunique()} and {table['split'].nunique()}.")
         runs = [_one_metric(join(rows, truth, sample), metric, resamples, seed)
                 for _, rows in table.groupby("seed")]
-        points.append(np.array([point for point, _ in runs]))
-        values.append(np.stack([resampled for _, resampled in runs], axis=1))  # (B, seeds)
+        points.append(np.array([float(run.value) for run in runs]))
+        values.append(np.stack([run.resampled for run in runs], axis=1))  # (B, seeds)
+        users += [run.users for run in runs]
     if a["split"].iloc[0] != b["split"].iloc[0]:
         raise UserError(f"a is of split {a['split'].iloc[0]}, b of {b['split'].iloc[0]}: "
                         "compare predictions for the same windows.")
@@ -650,17 +746,44 @@ def paired_difference(a: pd.DataFrame, b: pd.DataFrame, truth: pd.DataFrame,
             chosen = draw.integers(resampled.shape[1], size=resampled.shape)
         drawn.append(np.take_along_axis(resampled, chosen, axis=1).mean(1))
     differences = drawn[0] - drawn[1]
-    low, high = percentile_interval(differences, level=level)
-    narrow = percentile_interval(differences, level=2 * level - 1)
+    fewest = None if None in users else min(users)
+    (low, high), narrow = (
+        percentile_interval(differences, level=share, users=fewest, limits=(-1.0, 1.0))
+        for share in (level, 2 * level - 1))
     seeds = min(len(part) for part in points)
     p = sign_flip_p(points[0] - points[1]) if paired and seeds > 1 else float("nan")
     return Difference(metric, float(points[0].mean() - points[1].mean()), low, high,
                       difference_verdict((low, high), narrow, margin), margin, level,
-                      "users and seeds" if max(map(len, points)) > 1 else "users", seeds, p)
+                      "users and seeds" if max(map(len, points)) > 1 else "users", seeds, p,
+                      float("nan") if np.isnan(low) else _p_of_no_difference(differences, fewest))
 
 
-def _one_metric(rows, metric, resamples, seed) -> tuple[float, np.ndarray]:
-    """Return one metric and its resamples `(B,)`, with the draws every detector shares."""
+def _p_of_no_difference(differences: np.ndarray, users: int | None) -> float:
+    """Return the two-sided p of no difference, from the resamples `(B,)` of its interval.
+
+    Where they all agree, the p at which `percentile_interval` would just hold zero.
+    """
+    known = _known(differences)
+    if users is not None and _all_equal(known):
+        return float(min(1.0, 2 * (1 - abs(known[0])) ** users))
+    beyond = min((known <= 0).sum(), (known >= 0).sum())
+    return float(min(1.0, 2 * (1 + beyond) / (1 + len(known))))
+
+
+def corrected(differences: Sequence[Difference]) -> list[Difference]:
+    """Return differences that are looked at together: `p_users` after Holm, verdicts by it.
+
+    Better and worse stay only where the adjusted p is below 1 - `level`. Equivalence is left as it
+    is: each was asked for by itself.
+    """
+    adjusted = holm([found.p_users for found in differences])
+    return [replace(found, p_users=p, verdict="inconclusive") if found.verdict in (
+                "better", "worse") and not p < 1 - found.level else replace(found, p_users=p)
+            for found, p in zip(differences, adjusted, strict=True)]
+
+
+def _one_metric(rows, metric, resamples, seed) -> _Measure:
+    """Return one metric, resampled with the draws every detector shares."""
     _name, _, budget = metric.partition("_at_")
     budgets = [float(budget)] if budget.replace(".", "", 1).isdigit() else []
     if budgets:
@@ -669,7 +792,7 @@ def _one_metric(rows, metric, resamples, seed) -> tuple[float, np.ndarray]:
     if metric not in measured:
         raise UserError(f"Unknown metric {metric!r}. Legal metrics: {', '.join(measured)}, and "
                         "recall_at_<budget>, precision_at_<budget>, insiders_found_at_<budget>.")
-    return float(measured[metric][1]), measured[metric][2]
+    return measured[metric]
 
 
 def difference_verdict(interval: tuple[float, float], narrow: tuple[float, float],
@@ -770,6 +893,8 @@ def mcnemar_p(a_right: np.ndarray, b_right: np.ndarray) -> float:
 def holm(p_values: Sequence[float]) -> list[float]:
     """Return p-values adjusted for several comparisons (Holm 1979), in the order given.
 
+    One that is NaN stays so and counts as a comparison.
+
     >>> holm([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]
     """
@@ -779,32 +904,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     result = np.empty(len(p))
     result[order] = np.minimum(adjusted, 1.0)
     return result.tolist()
-
-
-def iqm(values: Sequence[float]) -> float:
-    """Return the interquartile mean: the mean of the middle half (Agarwal et al. 2021).
-
-    >>> iqm([0.0, 0.5, 0.6, 9.0])
-    0.55
-    """
-    return float(stats.trim_mean(np.ravel(np.asarray(values, float)), 0.25))
-
-
-def iqm_interval(values: np.ndarray, *, resamples: int = 2000, seed: int = 0,
-                 level: float = 0.95) -> tuple[float, float, float]:
-    """Return the interquartile mean of `(S, K)` (seeds, tasks) and its interval.
-
-    Seeds are resampled within each task (stratified bootstrap), so that every resample holds
-    every task; tasks are scenarios, cohorts or data sizes.
-    """
-    values = np.asarray(values, float)
-    if values.ndim != 2 or values.size == 0:
-        raise UserError(f"iqm_interval takes a table (seeds, tasks), got shape {values.shape}.")
-    chosen = generator(seed, "bootstrap over runs").integers(
-        len(values), size=(resamples, *values.shape))
-    drawn = np.take_along_axis(values[None], chosen, axis=1).reshape(resamples, -1)
-    resampled = stats.trim_mean(drawn, 0.25, axis=1)
-    return iqm(values), *percentile_interval(resampled, level=level)
 
 
 # --------------------------------------------------------------------------- refusals

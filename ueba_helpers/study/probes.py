@@ -138,20 +138,13 @@ def _mean(values: np.ndarray) -> float:
 
 def _interval(values: np.ndarray, users: pd.Series, seed: int, resamples: int,
               level: float) -> tuple[float, float]:
-    """Return the interval of the mean of values `(N,)` in [-1, 1] from resampled users.
-
-    Where nothing changed for any user, resampling would show no doubt at all; then the ends are
-    the largest share of users that may change and yet be missed ("rule of three").
-    """
+    """Return the interval of the mean of values `(N,)` in [-1, 1] from resampled users."""
     if len(values) == 0:
         return float("nan"), float("nan")
     codes, names = pd.factorize(users, sort=True)
-    if not np.any(values):
-        missed = 1 - ((1 - level) / 2) ** (1 / len(names))
-        return -missed, missed
     draws = user_draws(len(names), resamples=resamples, seed=seed)
     drawn = (draws @ np.bincount(codes, values)) / (draws @ np.bincount(codes))
-    return percentile_interval(drawn, level=level)
+    return percentile_interval(drawn, level=level, users=len(names), limits=(-1.0, 1.0))
 
 
 def _apart(a: Mapping, b: Mapping) -> dict:
