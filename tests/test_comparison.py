@@ -20,7 +20,7 @@ MADE_BY = {"profile": "smoke", "seed": 0, "data": "simulated", "settings": "s", 
 
 
 def table(ppo=0.6, grpo=0.5):
-    row = dict.fromkeys(comparison.COMPARISON_COLUMNS, 0.25) | {"seconds": 60.0}
+    row = dict.fromkeys(comparison.COMPARISON_COLUMNS, 0.25) | {"seconds": 60.0, "incidents": 12}
     return pd.DataFrame([row | {"detector": "ppo", "macro_f1": ppo, "macro_f1_low": ppo - 0.1,
                                 "macro_f1_high": ppo + 0.1, "left_over": 1.0},
                          row | {"detector": "grpo", "macro_f1": grpo}])
@@ -37,8 +37,20 @@ def difference(value=0.1, low=0.05, high=0.15, verdict="better"):
     return Difference("macro_f1", value, low, high, verdict, 0.02, 0.95, "users", 1, float("nan"))
 
 
-def pair(*values):
-    return pd.DataFrame(values, columns=["ppo", "grpo"], index=range(len(values)))
+def away(low=0.05):
+    """Return differences from the cold start: both moved, or with a `low` below 0 neither."""
+    return dict.fromkeys(("ppo", "grpo"), difference(0.1, low))
+
+
+def pooled(*values, sft=0.2, valid=0.99, incidents=12):
+    """Return what `pool` gives for seeds 0, 1, ... with these pairs of PPO and GRPO."""
+    return pd.DataFrame(values, columns=["ppo", "grpo"], index=range(len(values))).assign(
+        sft=sft, valid=valid, incidents=incidents)
+
+
+def ruled(*values, over_users=None, from_start=None, simulated=True, **options):
+    return comparison.verdict(pooled(*values, **options), over_users or difference(),
+                              from_start or away(), simulated=simulated)
 
 
 # ------------------------------------------------------------ which studies are pooled
@@ -52,6 +64,7 @@ def test_a_study_that_differs_in_the_seed_alone_is_pooled(tmp_path):
     assert list(kept) == [1, 2] and left_out == {}
     assert kept[1].loc["ppo", "macro_f1"] == 0.6
     assert "left_over" not in kept[1], "only the headline's columns are handed on"
+    assert kept[1].loc["ppo", "incidents"] == 12, "but how many incidents were judged is"
 
 
 @pytest.mark.parametrize("field", ["profile", "data", "settings", "code", "versions"])
@@ -104,38 +117,118 @@ def test_settings_code_and_data_all_count(monkeypatch, tmp_path):
     assert comparison.made_by(chosen, seed=0)["code"] != base["code"]
 
 
+def test_the_versions_are_those_of_the_runs_and_of_now(tmp_path, monkeypatch):
+    chosen, now = profile("smoke"), {"torch": "2.13.0"}
+    monkeypatch.setattr(comparison, "package_versions", lambda: now)
+
+    def versions(*trained_under):
+        runs = [tmp_path / f"run-{i}" for i in range(len(trained_under))]
+        for run, found in zip(runs, trained_under, strict=True):
+            run.mkdir(exist_ok=True)
+            (run / "provenance.json").write_text(json.dumps({"versions": found}))
+        return comparison.made_by(chosen, seed=0, runs=runs)["versions"]
+
+    same = versions(now, now)
+    assert versions(now, {"torch": "2.12.0"}) != same, "trained before an upgrade"
+    assert versions({"torch": "2.12.0"}, now) != versions(now, {"torch": "2.12.0"})
+    silent = [tmp_path / "run-0", tmp_path / "silent"]
+    assert versions(now, now) == comparison.made_by(chosen, seed=0, runs=silent)["versions"]
+    monkeypatch.setattr(comparison, "package_versions", lambda: {"torch": "2.14.0"})
+    assert versions(now, now) != same, "judged after an upgrade"
+
+
 # ------------------------------------------------------------ the verdict
 
-def test_one_seed_speaks_for_users_only():
-    found = comparison.verdict(pair((0.6, 0.5)), difference(), valid=0.99, simulated=True)
-    assert (found["verdict"], found["better"], found["simulated"]) == ("better", "ppo", True)
-    for words in ("**PPO is better than GRPO**", "simulated data", "PPO 0.600, GRPO 0.500",
-                  "95 % interval [+0.050, +0.150]", "one seed 0", "not covered", "±0.02"):
+def test_tables_are_pooled_with_their_lowest_valid_share_and_their_incidents():
+    tables = {seed: pd.DataFrame(
+        {"macro_f1": [0.2, 0.6, 0.5], "valid_rate": [0.1, 0.99, valid], "incidents": count},
+        index=["sft", "ppo", "grpo"]) for seed, valid, count in ((3, 0.98, 12), (1, 0.4, 15))}
+    found = comparison.pool(tables)
+    assert list(found.index) == [1, 3] and found.loc[1].to_dict() == {
+        "ppo": 0.6, "grpo": 0.5, "sft": 0.2, "valid": 0.4, "incidents": 15}
+    assert found.loc[3, "valid"] == 0.98, "the cold start's share does not count"
+    said = comparison.verdict(found, difference(), away(), simulated=True)
+    assert said["verdict"] == "inconclusive" and (said["valid"], said["incidents"]) == (0.4, 12)
+    assert "40 % of the verdicts" in said["sentence"], "whatever the study of seed 3 says alone"
+
+
+def test_one_seed_speaks_of_two_runs_and_names_no_better_method():
+    found = ruled((0.6, 0.5))
+    assert (found["verdict"], found["scope"], found["simulated"]) == ("better", "runs", True)
+    assert found["better"] is None
+    for words in ("**This PPO run judged better than this GRPO run**.", "simulated data",
+                  "PPO 0.600, GRPO 0.500", "95 % interval [+0.050, +0.150]", "one seed 0",
+                  "not covered", "±0.02"):
         assert words in found["sentence"]
     assert found["p_seeds"] is None
-    worse = comparison.verdict(pair((0.5, 0.6)), difference(-0.1, -0.15, -0.05, "worse"),
-                               valid=0.99, simulated=False)
-    assert worse["better"] == "grpo" and "real data" in worse["sentence"]
+    worse = ruled((0.5, 0.6), over_users=difference(-0.1, -0.15, -0.05, "worse"), simulated=False)
+    assert worse["better"] is None and "real data" in worse["sentence"]
+    assert worse["sentence"].startswith("**This GRPO run judged better than this PPO run**.")
+
+
+def test_several_seeds_that_agree_speak_of_the_methods():
+    found = ruled((0.60, 0.50), (0.61, 0.50), (0.62, 0.53))
+    assert (found["verdict"], found["scope"], found["better"]) == ("better", "methods", "ppo")
+    assert found["sentence"].startswith("**PPO is better than GRPO**.")
+    back = ruled((0.50, 0.60), (0.50, 0.61), (0.53, 0.62))
+    assert (back["better"], back["sentence"][:27]) == ("grpo", "**GRPO is better than PPO**")
 
 
 def test_several_seeds_speak_for_seeds_whatever_one_seed_said():
-    values = pair((0.60, 0.50), (0.50, 0.55), (0.52, 0.50))
-    found = comparison.verdict(values, difference(), valid=0.99, simulated=True)
+    found = ruled((0.60, 0.50), (0.50, 0.55), (0.52, 0.50))
     gaps = np.array([0.10, -0.05, 0.02])
     half = 4.302652729911275 * gaps.std(ddof=1) / 3**0.5  # Student's t, two degrees of freedom
     assert found["verdict"] == "inconclusive" and found["better"] is None
     assert (found["low"], found["high"]) == pytest.approx((gaps.mean() - half,
                                                            gaps.mean() + half))
+    assert "cannot tell PPO and GRPO apart**" in found["sentence"]
     assert "seeds 0, 1, 2" in found["sentence"] and "p = 0.750" in found["sentence"]
-    assert found["seeds"]["1"] == {"ppo": 0.5, "grpo": 0.55}
+    assert found["seeds"]["1"] == {"ppo": 0.5, "grpo": 0.55, "sft": 0.2}
 
 
 def test_mostly_invalid_verdicts_decide_nothing():
-    found = comparison.verdict(pair((0.6, 0.5)), difference(), valid=0.49, simulated=True)
+    found = ruled((0.6, 0.5), valid=0.49)
     assert found["verdict"] == "inconclusive" and found["better"] is None
     assert "49 % of the verdicts" in found["sentence"]
-    twin = comparison.verdict(pair((0.6, 0.5)), difference(), valid=0.51, simulated=True)
-    assert twin["verdict"] == "better"
+    assert ruled((0.6, 0.5), valid=0.51)["verdict"] == "better"
+    seeds = ((0.60, 0.50), (0.61, 0.50), (0.62, 0.53))
+    assert ruled(*seeds, valid=[0.99, 0.49, 0.99])["verdict"] == "inconclusive", "at one seed"
+
+
+def test_few_incidents_decide_nothing():
+    found = ruled((0.6, 0.5), incidents=9)
+    assert found["verdict"] == "inconclusive" and found["incidents"] == 9
+    assert found["sentence"].startswith("**Inconclusive: fewer than 10 incidents are judged (9)**.")
+    assert ruled((0.6, 0.5), incidents=10)["verdict"] == "better"
+    seeds = ((0.60, 0.50), (0.61, 0.50), (0.62, 0.53))
+    assert ruled(*seeds, incidents=[12, 9, 12])["verdict"] == "inconclusive", "at one seed"
+
+
+def test_two_that_may_have_learned_nothing_are_not_called_equivalent():
+    same = difference(0.001, -0.01, 0.012, "equivalent")
+    found = ruled((0.6, 0.6), over_users=same)
+    assert found["verdict"] == "equivalent"
+    assert found["sentence"].startswith("**This PPO run and this GRPO run judged equally well**.")
+    stuck = away(-0.05)
+    for moved, ruling in (({}, "inconclusive"), ({"ppo": difference()}, "equivalent"),
+                          ({"grpo": difference(-0.1, -0.15, -0.05)}, "equivalent")):
+        found = ruled((0.6, 0.6), over_users=same, from_start=stuck | moved)
+        assert found["verdict"] == ruling
+        assert ("moved away from the cold start" in found["sentence"]) == (not moved)
+    assert found["from_start"]["grpo"] == {"difference": -0.1, "low": -0.15, "high": -0.05}
+    assert ruled((0.6, 0.5), from_start=stuck)["verdict"] == "better", "they differ all the same"
+    seeds = ((0.60, 0.601), (0.61, 0.611), (0.62, 0.621))
+    assert ruled(*seeds, from_start=stuck)["verdict"] == "equivalent", "seeds are asked, not users"
+    found = ruled(*seeds, sft=[0.61, 0.60, 0.62])
+    assert found["verdict"] == "inconclusive" and "cold start**" in found["sentence"]
+
+
+def test_a_study_too_small_for_any_interval_is_inconclusive():
+    unknown = difference(0.0, float("nan"), float("nan"), "inconclusive")
+    found = ruled((0.3, 0.3), over_users=unknown, incidents=2, valid=float("nan"),
+                  from_start={"ppo": unknown, "grpo": unknown})
+    assert found["verdict"] == "inconclusive" and found["low"] is None and found["valid"] is None
+    json.dumps(found, allow_nan=False)
 
 
 def test_a_verdict_belongs_to_its_table(tmp_path):
@@ -164,8 +257,7 @@ def publisher():
 def finished(tmp_path):
     """A finished study with one complete run, one set aside, and a README with the markers."""
     study = write_study(tmp_path / "runs")
-    found = comparison.verdict(pair((0.6, 0.5)), difference(), valid=0.99, simulated=True)
-    comparison.write_verdict(study, found)
+    comparison.write_verdict(study, ruled((0.6, 0.5)))
     for name in ("ppo-1", "ppo-1.previous"):
         (study / name / "policy").mkdir(parents=True)
         (study / name / "policy" / "model.safetensors").write_text("weights")
@@ -186,7 +278,7 @@ def test_publishing_writes_sentence_table_figure_and_origin(publisher, finished)
     study, readme = finished
     assert published(publisher, study, readme) == 0
     text, target = readme.read_text(), readme.parent / "results" / study.name
-    assert text.startswith("# Title\n<!-- results:begin -->\n**PPO is better than GRPO**")
+    assert text.startswith("# Title\n<!-- results:begin -->\n**This PPO run judged better than")
     assert text.endswith("<!-- results:end -->\n## Next\n") and "old" not in text
     assert "| detector | macro-F1 | PR-AUC at the natural base rate | valid format rate |" in text
     assert "| ppo | 0.600 [0.500, 0.700] | 0.250 |" in text

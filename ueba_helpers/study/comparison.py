@@ -3,10 +3,12 @@
 In: the table that the test users gave, and the difference between the two methods. Out, in the
 study's folder:
 
-    comparison.csv        one row per detector, the columns of the headline table
+    comparison.csv        one row per detector, the columns of the headline table, and how many
+                          incidents were judged
     comparison.json       what made it: profile, seed, data, hashes of settings, code and versions,
                           the run folders it rests on, and the hash of the table itself
-    verdict.json          PPO against GRPO as one sentence, with the numbers behind it
+    verdict.json          PPO against GRPO as one sentence, with the numbers behind it; `scope` says
+                          whether it is about the methods (several seeds) or two runs (one seed)
 
 Studies are pooled over seeds only if all of this but the seed is equal; `siblings` says of every
 other study why it is left out. Refused with a `UserError`: a table without the columns of the
@@ -43,33 +45,44 @@ COMPARISON_COLUMNS = {
     "peak_memory_gib": "peak memory (GiB)",
 }
 LEAST_VALID = 0.5  # of the verdicts of both: below it a comparison compares formats
+LEAST_INCIDENTS = 10  # judged: below it a comparison tells of these insiders, not of others
 
 _TABLE, _MADE_BY, _VERDICT = "comparison.csv", "comparison.json", "verdict.json"
 _SAME = ("profile", "data", "settings", "code", "versions")  # in all studies that are pooled
+_BESIDE = "incidents"  # a column of comparison.csv that the headline does not show
 _CODE = ("data", "task", "rl", "study/comparison.py", "study/config.py", "study/evaluation.py",
          "study/pseudonyms.py", "study/runs.py", "study/stages.py")
 _AGAIN = "Run it with --only 07_comparison --force."
 
 
-def made_by(chosen: Profile, *, seed: int, data: Path | str = "") -> dict:
+def made_by(chosen: Profile, *, seed: int, data: Path | str = "",
+            runs: Sequence[Path | str] = ()) -> dict:
     """Return what a study's numbers follow from: profile, seed, data, settings, code, versions.
 
-    Simulated data are named as such, since they follow from settings, code and seed.
+    Simulated data are named as such, since they follow from settings, code and seed. The versions
+    are those that judge now, and those that each of the run folders `runs` was trained under.
     """
     return {"profile": chosen.name, "seed": seed,
             "data": data_hash(chosen, seed=seed, data=data) if data else "simulated",
             "settings": content_hash(chosen.as_dict(), 16), "code": code_fingerprint(*_CODE),
-            "versions": content_hash(package_versions())}
+            "versions": content_hash([package_versions(), *map(_trained_under, runs)])}
+
+
+def _trained_under(run: Path | str) -> dict[str, str]:
+    """Return the versions a run says it was trained under; those of now if it says nothing."""
+    path = Path(run) / "provenance.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return found.get("versions") or package_versions()
 
 
 def write_comparison(study: Path | str, table: pd.DataFrame, *, made_by: Mapping,
                      runs: Sequence[str]) -> None:
-    """Write the columns of the headline with their intervals, and what made them.
+    """Write the columns of the headline with their intervals, the incidents, and what made them.
 
     `runs` are the names of the run folders that the table rests on.
     """
     study = Path(study)
-    kept = [name for column in COMPARISON_COLUMNS
+    kept = [name for column in (*COMPARISON_COLUMNS, _BESIDE)
             for name in (column, f"{column}_low", f"{column}_high") if name in table]
     with atomic_path(study / _TABLE) as temporary:
         table[kept].to_csv(temporary, index=False)
@@ -131,45 +144,98 @@ def _why_not(folder: Path, wanted: Mapping, seeds: set[int]) -> str | None:
     return None
 
 
-def verdict(pair: pd.DataFrame, over_users: Difference, *, valid: float, simulated: bool) -> dict:
+def pool(tables: Mapping[int, pd.DataFrame]) -> pd.DataFrame:
+    """Return one row per seed from comparison tables (detectors as index), in order of the seeds.
+
+    Columns: the macro-F1 of ppo, grpo and sft; `valid`, the lower of the shares of valid verdicts
+    of PPO and GRPO; `incidents`, how many were judged.
+    """
+    rows = {seed: {**{name: float(table.loc[name, "macro_f1"]) for name in _POOLED},
+                   "valid": float(table.loc[["ppo", "grpo"], "valid_rate"].min()),
+                   _BESIDE: int(table[_BESIDE].min())} for seed, table in sorted(tables.items())}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("seed")
+
+
+def verdict(pooled: pd.DataFrame, over_users: Difference, from_start: Mapping[str, Difference], *,
+            simulated: bool) -> dict:
     """Return what can be said of PPO and GRPO in macro-F1, as one sentence and its numbers.
 
-    `pair` has one row per seed (its index) and the columns ppo and grpo; `over_users` is their
-    difference on the test users of this study's seed. With two or more seeds the interval is
-    Student's over seeds, with one the bootstrap over users. `valid` is the lower of the two shares
-    of valid verdicts: below `LEAST_VALID` nothing is concluded.
+    `pooled` comes from `pool`; `over_users` is PPO minus GRPO on the test users of this study's
+    seed, and `from_start` maps both to their differences from `sft`, where they began. With two or
+    more seeds all intervals are Student's over seeds and the verdict is about the methods; with one
+    they are bootstraps over users and it is about two runs, so `better` names no method.
+
+    Nothing is concluded if, at any seed, fewer than `LEAST_VALID` of the verdicts of one of them
+    are valid, or fewer than `LEAST_INCIDENTS` incidents are judged. Nor are two called equivalent
+    that both may be where they began: that would be true of any two that learned nothing.
     """
-    several = len(pair) > 1
-    found = (compare_seeds(pair["ppo"], pair["grpo"], metric="macro_f1",
-                           margin=over_users.margin, level=over_users.level)
-             if several else over_users)
-    ruling = "inconclusive" if valid < LEAST_VALID else found.verdict
-    means = pair.mean()
-    seeds = ", ".join(map(str, pair.index))
+    several = len(pooled) > 1
+
+    def difference(a: str, b: str, at_one_seed: Difference) -> Difference:
+        return compare_seeds(pooled[a], pooled[b], metric="macro_f1", margin=at_one_seed.margin,
+                             level=at_one_seed.level) if several else at_one_seed
+
+    found = difference("ppo", "grpo", over_users)
+    moves = {name: difference(name, "sft", from_start[name]) for name in ("ppo", "grpo")}
+    reasons = _why_inconclusive(pooled, found, moves)
+    ruling = "inconclusive" if reasons else found.verdict
+    said = _SAID["methods" if several else "runs"][ruling]
+    means = pooled.mean()
+    seeds = ", ".join(map(str, pooled.index))
     covers = (f"over the seeds {seeds}, sign-flip p = {found.p_seeds:.3f}" if several else
               f"over the test users of the one seed {seeds}; how training seeds differ is not "
               "covered")
     sentence = (
-        f"{_SAID[ruling]} in macro-F1 on the test users of "
+        f"**{said}{': ' if reasons else ''}{'; '.join(reasons)}**. Macro-F1 on the test users of "
         f"{'simulated' if simulated else 'real'} data: PPO {means['ppo']:.3f}, GRPO "
         f"{means['grpo']:.3f}, difference {found.value:+.3f}, {100 * found.level:g} % interval "
         f"[{found.low:+.3f}, {found.high:+.3f}] ({covers}). A difference within "
         f"±{found.margin:g} counts as none.")
-    if valid < LEAST_VALID:
-        sentence += f" Only {100 * valid:.0f} % of the verdicts of one of them are valid."
-    numbers = {"ppo": means["ppo"], "grpo": means["grpo"], "difference": found.value,
-               "low": found.low, "high": found.high, "level": found.level,
-               "margin": found.margin, "p_seeds": found.p_seeds, "valid": valid}
-    return {"sentence": sentence, "verdict": ruling, "metric": "macro_f1",
-            "better": {"better": "ppo", "worse": "grpo"}.get(ruling), "simulated": simulated,
-            "seeds": {str(seed): {"ppo": float(row["ppo"]), "grpo": float(row["grpo"])}
-                      for seed, row in pair.iterrows()},
-            **{name: plain(float(value)) for name, value in numbers.items()}}
+    numbers = {"ppo": means["ppo"], "grpo": means["grpo"], "sft": means["sft"],
+               **_numbers(found), "level": found.level, "margin": found.margin,
+               "p_seeds": found.p_seeds, "valid": pooled["valid"].min()}
+    return {"sentence": sentence, "verdict": ruling, "scope": "methods" if several else "runs",
+            "metric": "macro_f1", "simulated": simulated, "incidents": int(pooled[_BESIDE].min()),
+            "better": {"better": "ppo", "worse": "grpo"}.get(ruling) if several else None,
+            "seeds": {str(seed): {name: float(row[name]) for name in _POOLED}
+                      for seed, row in pooled.iterrows()},
+            "from_start": {name: _plain(_numbers(move)) for name, move in moves.items()},
+            **_plain(numbers)}
 
 
-_SAID = {"better": "**PPO is better than GRPO**", "worse": "**GRPO is better than PPO**",
-         "equivalent": "**PPO and GRPO are equivalent**",
-         "inconclusive": "**Inconclusive: this study cannot tell PPO and GRPO apart**"}
+_POOLED = ("ppo", "grpo", "sft")
+_SAID = {
+    "methods": {"better": "PPO is better than GRPO", "worse": "GRPO is better than PPO",
+                "equivalent": "PPO and GRPO are equivalent", "inconclusive": "Inconclusive"},
+    "runs": {"better": "This PPO run judged better than this GRPO run",
+             "worse": "This GRPO run judged better than this PPO run",
+             "equivalent": "This PPO run and this GRPO run judged equally well",
+             "inconclusive": "Inconclusive"}}
+
+
+def _why_inconclusive(pooled: pd.DataFrame, found: Difference,
+                      moves: Mapping[str, Difference]) -> list[str]:
+    """Return why nothing is concluded, in words; no reason means that something is."""
+    reasons = []
+    if not (valid := pooled["valid"].min()) >= LEAST_VALID:  # NaN counts as too few
+        reasons.append(f"only {100 * valid:.0f} % of the verdicts of one of them are valid")
+    if (incidents := pooled[_BESIDE].min()) < LEAST_INCIDENTS:
+        reasons.append(f"fewer than {LEAST_INCIDENTS} incidents are judged ({incidents})")
+    undecided = found.verdict not in ("better", "worse")
+    if undecided and not any(move.low > 0 or move.high < 0 for move in moves.values()):
+        reasons.append("neither is shown to have moved away from the cold start")
+    if found.verdict == "inconclusive" and not reasons:
+        reasons.append("this study cannot tell "
+                       + ("PPO and GRPO" if len(pooled) > 1 else "the two runs") + " apart")
+    return reasons
+
+
+def _numbers(found: Difference) -> dict[str, float]:
+    return {"difference": found.value, "low": found.low, "high": found.high}
+
+
+def _plain(numbers: Mapping[str, float]) -> dict:
+    return {name: plain(float(value)) for name, value in numbers.items()}
 
 
 def write_verdict(study: Path | str, found: Mapping) -> None:
