@@ -187,7 +187,7 @@ _PROFILES = (
         evaluation=EvaluationSettings(dev_per_class=120),
         policy=PolicySettings(max_prompt_tokens=320),
         sft=SFTSettings(examples=3000, epochs=2, batch_size=8, learning_rate=3e-3,
-                        downgrade=0.4, prompt_loss=True),
+                        downgrade=0.5, prompt_loss=True),
         sft_all=SFTSettings(examples=5000, epochs=1, batch_size=8, learning_rate=1e-3,
                             prompt_loss=True),
         **_rl(steps=100, learning_rate=3e-4, save_steps=25, critic_warmup_steps=10),
