@@ -1,4 +1,6 @@
-"""PPO against TRL 1.12's own PPOTrainer, on two fixed batches, and the clipped branches by hand.
+"""PPO against TRL 1.12's own PPOTrainer, on two fixed batches; by hand the rest.
+
+By hand: the advantages of GRPO and PPO with the KL in the reward, and the clipped branches.
 
 The reference numbers are recorded by `tests/fixtures/make_trl_ppo_fixture.py`. Where TRL 1.12 puts
 a completion's score on the first padding after its end ("ragged"), the same sums are asked of the
@@ -18,7 +20,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM,
 
 from ueba_helpers.rl import advantages as estimators
 from ueba_helpers.rl.policies import Critic
-from ueba_helpers.rl.trainers import PPOConfig, PPOTrainer
+from ueba_helpers.rl.trainers import GRPOConfig, GRPOTrainer, PPOConfig, PPOTrainer
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TOLERANCE = 1e-5  # relative, in the Euclidean norm
@@ -51,27 +53,37 @@ def set_critic(critic, name):
     critic.backbone.load_state_dict({key.removeprefix("model."): x for key, x in weights.items()})
 
 
-def trainer_like_trl(folder, **changes):
-    """Return our trainer with TRL 1.12's settings; its reference is the fixture's."""
+ARMS = {"grpo": (GRPOTrainer, GRPOConfig), "ppo": (PPOTrainer, PPOConfig)}
+
+
+def make(arm, folder, **settings):
+    """Return our trainer of the fixture's size; its reference is the fixture's."""
+    trainer_class, config_class = ARMS[arm]
     config = Qwen3Config(**FACTS["architecture"])
     model = Qwen3ForCausalLM(config)
     set_policy(model, "reference")
+    critic = {"value_model": Critic(Qwen3Model(config))} if arm == "ppo" else {}
+    trainer = trainer_class(
+        model, lambda completions, **_: [0.0] * len(completions),
+        config_class(output_dir=str(folder), max_completion_length=8, use_cpu=True, **settings),
+        processing_class=tokenizer(),
+        train_dataset=Dataset.from_list([{"prompt": "w2"}] * 16), **critic)
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.model.train()
+    return trainer
+
+
+def trainer_like_trl(folder, **changes):
+    """Return our trainer with TRL 1.12's settings."""
     settings = {
-        "output_dir": str(folder), "per_device_train_batch_size": len(ALL["full.scores"]),
-        "num_generations": FACTS["group"], "max_completion_length": 8, "use_cpu": True,
+        "per_device_train_batch_size": len(ALL["full.scores"]), "num_generations": FACTS["group"],
         "temperature": SETTINGS["temperature"], "kl_coef": SETTINGS["kl_coef"],
         "epsilon": SETTINGS["cliprange"], "epsilon_high": SETTINGS["cliprange"],
         "value_clip": SETTINGS["cliprange_value"], "vf_coef": SETTINGS["vf_coef"],
         "gamma": SETTINGS["gamma"], "lam": SETTINGS["lam"], "critic_lam": SETTINGS["lam"],
         "missing_eos_penalty": SETTINGS["missing_eos_penalty"], "scale_rewards": "whiten",
         **changes}
-    trainer = PPOTrainer(
-        model, lambda completions, **_: [0.0] * len(completions), PPOConfig(**settings),
-        value_model=Critic(Qwen3Model(config)), processing_class=tokenizer(),
-        train_dataset=Dataset.from_list([{"prompt": "w2"}] * 16))
-    trainer.current_gradient_accumulation_steps = 1
-    trainer.model.train()
-    return trainer
+    return make("ppo", folder, **settings)
 
 
 def rollout_of(batch):
@@ -247,6 +259,108 @@ def test_whitening_over_the_padding_is_not_that_of_trl(tmp_path, monkeypatch):
     padded = estimators.whiten(scored["advantages"], torch.ones_like(scored["advantages"]))
     inside = scored["completion_mask"].float()
     assert distance(padded * inside, ALL["ragged.whitened_advantages"]) > 100 * TOLERANCE
+
+
+# -- the KL in the reward, by hand ---------------------------------------------------------------
+
+KL_COEF, GAMMA, LAM = 0.2, 0.9, 0.8
+MASK = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]])
+SCORES = torch.tensor([1.0, 0.0, 0.5, -1.0])
+# Outside the mask stand numbers that would be seen if they counted.
+SAMPLED = torch.tensor([[-1, -2, -1], [-.5, -1, 9], [-2, 9, 9], [-1, -1, -1]])
+REFERENCE = torch.tensor([[-1.5, -1, -3], [-1, -3, -7], [-1, -7, -7], [-2, -1.5, -3]])
+TOKEN_KL = torch.tensor([[.5, -1, 2], [.5, 2, 0], [-1, 0, 0], [1, .5, 2]])
+VALUES = torch.tensor([[.5, .2, .1], [0, .4, 0], [.3, 0, 0], [-.2, .1, .6]])
+# SCORES - 0.2 (1.5, 2.5, -1, 3.5) = (0.7, -0.5, 0.7, -1.7): squares around the mean of -0.2 sum to
+# 3.96, over 3 degrees of freedom.
+SCALE = 1.32 ** 0.5 + 1e-4
+CENTRED = torch.tensor([.6, -.6, 1.2, -1.2])  # by pairs, whose means are 0.1 and -0.5
+# Token rewards are (-.1, .2, .6), (-.1, -.4), (.7), (-.2, -.1, -1.4), and A = delta + 0.72 A'.
+GAE = torch.tensor([[-.096, .45, .5], [-.316, -.8, 0], [.4, 0, 0], [-.702, -1.1, -2]])
+RETURNS = torch.tensor([[.404, .65, .6], [-.316, -.4, 0], [.7, 0, 0], [-.902, -1, -1.4]])
+# With a lambda of one: the discounted sums of the token rewards.
+RETURNS_AT_1 = torch.tensor([[.566, .74, .6], [-.46, -.4, 0], [.7, 0, 0], [-1.424, -1.36, -1.4]])
+
+
+def score_by_hand(arm, folder, monkeypatch, **changes):
+    """Return the scored rollout of the numbers above, under the settings a study leaves alone."""
+    if arm == "ppo":
+        changes = {"gamma": GAMMA, "lam": LAM, "critic_lam": LAM} | changes
+    trainer = make(arm, folder, per_device_train_batch_size=4, num_generations=2,
+                   kl_coef=KL_COEF, **changes)
+    assert (trainer.args.kl_placement, trainer.args.scale_rewards) == ("reward", "batch")
+    rollout = {"prompt_ids": torch.full((4, 1), 2), "prompt_mask": torch.ones(4, 1).long(),
+               "completion_ids": torch.full((4, 3), 5) * MASK, "completion_mask": MASK,
+               "num_items_in_batch": MASK.sum(), "advantages": torch.zeros(4),
+               "sampling_per_token_logps": SAMPLED}
+
+    def log_probs(model, batch):
+        assert model is trainer._reference and batch is rollout
+        return REFERENCE
+
+    trainer._rewards_per_func = SCORES.unsqueeze(1)
+    trainer._rollout_log_probs = log_probs
+    trainer._rollout_values = lambda batch, mask: VALUES
+    monkeypatch.setattr(trl.GRPOTrainer, "_generate_and_score_completions",
+                        lambda self, inputs: rollout)
+    scored = trainer._generate_and_score_completions([])
+    metrics = trainer._metrics["train"]
+    assert metrics["kl_to_reference/per_completion"] == [pytest.approx(6.5 / 4)]
+    assert metrics["kl_to_reference/per_token"] == [pytest.approx(6.5 / 9)]
+    return scored
+
+
+def by_formula(arm, flaw=None):
+    """Return the advantages from the pure functions, right without a flaw."""
+    mask = MASK.float()
+    kl = TOKEN_KL
+    if flaw == "k3":
+        kl = estimators.kl_estimate(SAMPLED, REFERENCE, "k3") * mask
+    if flaw == "averaged":
+        kl = kl / mask.sum(1, keepdim=True)
+    if flaw == "padding counted":
+        kl = SAMPLED - REFERENCE
+    penalties = {"plus": -KL_COEF, "no KL": 0.0}.get(flaw, KL_COEF) * kl
+    totals = SCORES - penalties.sum(1)
+    scale = estimators.reward_scale(totals, 2, "batch")
+    if arm == "grpo":
+        advantages = estimators.group_relative(totals, 2, "batch")
+        return advantages * scale ** 2 if flaw == "multiplied" else advantages
+    scale = scale.unsqueeze(1)
+    rewards = estimators.terminal_rewards(SCORES, mask) - penalties
+    advantages = estimators.gae(rewards, VALUES, mask, GAMMA, LAM)[0]
+    return advantages * scale if flaw == "multiplied" else advantages / scale
+
+
+def test_grpo_takes_the_kl_of_the_completion_off_its_reward(tmp_path, monkeypatch):
+    advantages = score_by_hand("grpo", tmp_path, monkeypatch)["advantages"]
+    assert distance(advantages, CENTRED / SCALE) < TOLERANCE
+    assert distance(advantages, by_formula("grpo")) < TOLERANCE
+
+
+def test_ppo_takes_the_kl_of_each_token_off_its_reward(tmp_path, monkeypatch):
+    scored = score_by_hand("ppo", tmp_path, monkeypatch)
+    assert distance(scored["advantages"], GAE / SCALE) < TOLERANCE
+    assert distance(scored["advantages"], by_formula("ppo")) < TOLERANCE
+    assert distance(scored["returns"], RETURNS) < TOLERANCE
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_another_kl_or_scale_would_be_noticed(arm):
+    """The twin: none of these formulas gives the numbers worked out by hand."""
+    right = {"grpo": CENTRED, "ppo": GAE}[arm] / SCALE
+    assert distance(by_formula(arm), right) < TOLERANCE
+    for flaw in ("plus", "no KL", "averaged", "k3", "padding counted", "multiplied"):
+        assert distance(by_formula(arm, flaw), right) > 0.05, flaw
+
+
+def test_the_critic_s_own_lambda_changes_its_targets_only(tmp_path, monkeypatch):
+    scored = score_by_hand("ppo", tmp_path, monkeypatch, critic_lam=1.0)
+    assert distance(scored["returns"], RETURNS_AT_1) < TOLERANCE
+    assert distance(scored["advantages"], GAE / SCALE) < TOLERANCE
+    # The twin: targets of the policy's lambda, and advantages of the critic's, are others.
+    assert distance(RETURNS, RETURNS_AT_1) > 0.05
+    assert distance((RETURNS_AT_1 - VALUES) / SCALE, GAE / SCALE) > 0.05
 
 
 # -- the branches by hand ------------------------------------------------------------------------

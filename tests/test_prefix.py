@@ -61,8 +61,21 @@ def test_log_probs_and_gradients_equal_the_plain_forward(groups, size, lora):
     assert relative(shared_gradient, plain_gradient) < 1e-5
 
 
-@pytest.mark.parametrize("flaw", ["mask dropped", "positions shifted", "gradient cut"])
-def test_the_comparison_rejects_broken_prefixes(flaw):
+def shift_positions(monkeypatch, backbone, *, prompt):
+    """Add one to the positions of the continuation, and to the prompt's where `prompt`."""
+    forward = backbone.forward
+
+    def shifted(*, position_ids, past_key_values, **inputs):
+        if prompt or past_key_values.get_seq_length():
+            position_ids = position_ids + 1
+        return forward(position_ids=position_ids, past_key_values=past_key_values, **inputs)
+
+    monkeypatch.setattr(backbone, "forward", shifted)
+
+
+@pytest.mark.parametrize("flaw", ["mask dropped", "tokens rolled", "positions shifted",
+                                  "gradient cut"])
+def test_the_comparison_rejects_broken_prefixes(flaw, monkeypatch):
     model, _ = policy()
     batch = ragged_batch()
     weights = torch.randn(batch[2].shape, generator=torch.Generator().manual_seed(2))
@@ -75,15 +88,32 @@ def test_the_comparison_rejects_broken_prefixes(flaw):
                 states = completion_states(backbone, prompt_ids, prompt_mask, completion_ids,
                                            completion_mask)
             return states.requires_grad_()
-        if flaw == "positions shifted":
+        if flaw == "tokens rolled":
             completion_ids = completion_ids.roll(1, 1)
         return completion_states(backbone, prompt_ids, prompt_mask, completion_ids,
                                  completion_mask)
 
     plain, plain_gradient = loss_and_gradient(model, plain_states, batch, weights)
+    if flaw == "positions shifted":
+        shift_positions(monkeypatch, backbone_of(model), prompt=False)
     other, other_gradient = loss_and_gradient(model, broken, batch, weights)
-    assert ((plain - other).abs().max() > 1e-4
-            or relative(other_gradient, plain_gradient) > 1e-3)
+    if flaw == "gradient cut":
+        assert (plain - other).abs().max() < 1e-5
+    else:
+        assert (plain - other).abs().max() > 1e-4
+    assert relative(other_gradient, plain_gradient) > 1e-3
+
+
+def test_only_the_distance_of_prompt_and_continuation_counts(monkeypatch):
+    """The other side of "positions shifted": a shift of the prompt as well changes nothing."""
+    model, _ = policy()
+    batch = ragged_batch()
+    weights = torch.randn(batch[2].shape, generator=torch.Generator().manual_seed(2))
+    plain, plain_gradient = loss_and_gradient(model, plain_states, batch, weights)
+    shift_positions(monkeypatch, backbone_of(model), prompt=True)
+    other, other_gradient = loss_and_gradient(model, completion_states, batch, weights)
+    assert (plain - other).abs().max() < 1e-5
+    assert relative(other_gradient, plain_gradient) < 1e-5
 
 
 def test_padding_width_changes_nothing():

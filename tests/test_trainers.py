@@ -1,6 +1,7 @@
 """PPO and GRPO: probes that only learning can pass, laws of the loss, exact resume, bad rewards."""
 
 import math
+from itertools import chain
 
 import pytest
 import torch
@@ -133,24 +134,84 @@ def gradients(trainer):
     return taken
 
 
+def ragged(arm, folder, **changes):
+    """Return a trainer whose completions differ in length and whose reference is not its policy.
+
+    Its `lengths` list takes the completions' lengths of each micro-batch.
+    """
+    settings = {"steps": 1, "max_grad_norm": 1e9, "kl_coef": 0.2, "max_completion_length": 12}
+    trainer = make(arm, folder, source=probe_policy, **(settings | changes))
+    draws = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in trainer._reference.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=draws)
+        if arm == "ppo":  # a head of zeros would keep gradients from the critic's trunk
+            trainer.critic.head.weight.normal_(generator=draws)
+    trainer.lengths, compute_loss = [], trainer._compute_loss
+
+    def watched(model, inputs):
+        trainer.lengths.append(inputs["completion_mask"].sum(1).tolist())
+        return compute_loss(model, inputs)
+
+    trainer._compute_loss = watched
+    return trainer
+
+
+def apart(found, expected):
+    """Return the relative difference of two gradients by network."""
+    assert found.keys() == expected.keys()
+    return {name: ((found[name] - expected[name]).norm() / expected[name].norm()).item()
+            for name in expected}
+
+
+QUARTERS = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
+HALVES = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
+
+
 @pytest.mark.parametrize("arm", ARMS)
-@pytest.mark.parametrize("changes", [
-    {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4},
-    {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2},
-    {"shared_prefix": False, "generation_kwargs": None},
-])
-def test_gradients_do_not_depend_on_micro_batches_or_prefix(arm, changes, tmp_path):
-    common = {"steps": 1, "max_grad_norm": 1e9, "kl_coef": 0.05, "scale_rewards": "batch"}
-    if arm == "ppo":
-        common |= {"value_clip": 0.2}
-    whole = make(arm, tmp_path / "whole", **common)
-    parts = make(arm, tmp_path / "parts", **{**common, **changes})
+@pytest.mark.parametrize("placement, changes", [
+    ("reward", QUARTERS), ("reward", HALVES), ("reward", {"shared_prefix": False}),
+    ("loss", QUARTERS)])
+def test_gradients_do_not_depend_on_micro_batches_or_prefix(arm, placement, changes, tmp_path):
+    common = {"kl_placement": placement} | ({"value_clip": 0.2} if arm == "ppo" else {})
+    whole = ragged(arm, tmp_path / "whole", **common)
+    parts = ragged(arm, tmp_path / "parts", **common, **changes)
     parts.use_sampler = whole.use_sampler  # the same completions, scored another way
     expected, found = gradients(whole), gradients(parts)
+    assert len(whole.lengths) == 1
+    assert len(parts.lengths) == changes.get("gradient_accumulation_steps", 1)
+    assert sorted(chain(*parts.lengths)) == sorted(chain(*whole.lengths))
+    assert all(len(set(lengths)) > 1 for lengths in parts.lengths), "ragged within a micro-batch"
+    if len(parts.lengths) > 1:
+        assert len({sum(lengths) for lengths in parts.lengths}) > 1, "and between micro-batches"
+    for trainer in (whole, parts):
+        assert abs(history(trainer, "kl_to_reference/per_token")[0]) > 0.05
     assert expected["policy"].norm() > 1e-3
-    for network in expected:
-        difference = (expected[network] - found[network]).norm() / expected[network].norm()
+    for network, difference in apart(found, expected).items():
         assert difference < 1e-4, network
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_a_mean_over_each_micro_batch_depends_on_its_size(arm, tmp_path):
+    """The broken twin of the invariance above: every micro-batch divides by its own tokens."""
+    def own_mean(values, inputs):
+        return values.sum() / inputs["completion_mask"].sum() / 4
+
+    whole = ragged(arm, tmp_path / "whole", loss_type="bnpo")
+    parts = ragged(arm, tmp_path / "parts", loss_type="bnpo", **QUARTERS)
+    if arm == "ppo":
+        parts._token_mean = own_mean  # of the critic's loss, which `loss_type` does not reach
+    for network, difference in apart(gradients(parts), gradients(whole)).items():
+        assert difference > 1e-2, network
+
+
+@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("changes", [{"loss_type": "grpo"}, {"kl_coef": 0.4}])
+def test_a_mean_of_sequence_means_or_another_kl_gives_other_gradients(arm, changes, tmp_path):
+    """The broken twin: the rollouts tell per-sequence means, and KL weights, apart."""
+    expected = gradients(ragged(arm, tmp_path / "a"))
+    found = gradients(ragged(arm, tmp_path / "b", **changes))
+    assert apart(found, expected)["policy"] > 1e-2
 
 
 def test_another_seed_gives_other_gradients(tmp_path):
@@ -173,6 +234,77 @@ def test_the_ratio_is_one_right_after_sampling(arm, tmp_path):
     trainer.temperature = 0.7  # the broken twin: scored at another temperature
     other = trainer._rollout_log_probs(trainer.model, rollout)
     assert ((other - rollout["sampling_per_token_logps"]) * mask).abs().max() > 1e-2
+
+
+def moved(trainer):
+    """Train; return for each step whether the policy moved and whether the critic did."""
+    last, rows = [flat(trainer.model), flat(trainer.critic)], []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            now = [flat(trainer.model), flat(trainer.critic)]
+            rows.append([not torch.equal(a, b) for a, b in zip(last, now, strict=True)])
+            last[:] = now
+
+    torch.nn.init.normal_(trainer.critic.weight, generator=torch.Generator().manual_seed(1))
+    last[1] = flat(trainer.critic)
+    trainer.add_callback(Watch())
+    trainer.train()
+    return rows
+
+
+@pytest.mark.parametrize("warm_up, policy_moves", [(2, [False, False]), (1, [False, True])])
+def test_a_shared_critic_leaves_the_policy_alone_in_its_warm_up(warm_up, policy_moves, tmp_path):
+    rows = moved(make("ppo", tmp_path, critic="shared", steps=2, critic_warmup_steps=warm_up,
+                      weight_decay=0.1))
+    assert rows == [[policy, True] for policy in policy_moves]
+
+
+@pytest.mark.parametrize("loss", ["both", "policy", "value"])
+def test_without_warm_up_either_loss_of_a_shared_critic_moves_the_policy(loss, tmp_path):
+    """The broken twin: neither the policy's loss nor the critic's is idle by chance."""
+    trainer = make("ppo", tmp_path, critic="shared", steps=2, critic_warmup_steps=0,
+                   vf_coef=0.0 if loss == "policy" else 1.0)
+    if loss == "value":
+        advantages = trainer._advantages
+        trainer._advantages = lambda *args: 0 * advantages(*args)
+    assert moved(trainer) == [[True, loss != "policy"]] * 2
+
+
+SIXTHS = [6 / 6, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
+
+
+@pytest.mark.parametrize("frozen, rising, policy_course, critic_course", [
+    # The policy waits at its start and has come as far as the critic at the end: of its four
+    # steps each is one and a half of the schedule's six.
+    (2, 0, [1, 1, 1, 0.75, 0.5, 0.25], SIXTHS),
+    (2, 2, [0, 0, 0, 0.75, 0.75, 0.375], [0, 0.5, 1, 0.75, 0.5, 0.25]),
+    (0, 0, SIXTHS, SIXTHS)])  # the twin: without a warm-up of the critic nothing waits
+def test_learning_rates_of_policy_and_critic_by_hand(frozen, rising, policy_course, critic_course,
+                                                     tmp_path):
+    trainer = make("ppo", tmp_path, steps=6, critic_warmup_steps=frozen, warmup_steps=rising,
+                   lr_scheduler_type="linear", learning_rate=1e-3, critic_learning_rate=4e-3)
+    used = []
+
+    class Take(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            used.append([group["lr"] for group in trainer.optimizer.param_groups])
+
+    trainer.add_callback(Take())
+    trainer.train()
+    assert {id(p) for p in trainer.optimizer.param_groups[-1]["params"]} == {
+        id(p) for p in trainer.critic.parameters()}
+    *of_policy, of_critic = zip(*used, strict=True)
+    assert of_policy
+    for course in of_policy:
+        assert course == pytest.approx([1e-3 * x for x in policy_course], abs=1e-12)
+    assert of_critic == pytest.approx([4e-3 * x for x in critic_course], abs=1e-12)
+    if frozen:
+        unstretched = [1, 1, *SIXTHS[:4]]
+        for wrong in (SIXTHS, unstretched, critic_course):
+            assert of_policy[0] != pytest.approx([1e-3 * x for x in wrong], abs=1e-6)
+        for wrong in (policy_course, [0.25 * x for x in critic_course]):
+            assert of_critic != pytest.approx([4e-3 * x for x in wrong], abs=1e-6)
 
 
 class StepMetrics(TrainerCallback):
