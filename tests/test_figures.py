@@ -164,6 +164,32 @@ def test_interval_plot_draws_each_interval_and_marks_a_missing_one(ax):
         figures.interval_plot(table.drop(columns="macro_f1_high"), "macro_f1")
 
 
+def ends(ax):
+    return [tuple(np.round(path.vertices[:, 1], 3)) for lines in ax.collections
+            for path in lines.get_paths()]
+
+
+def test_interval_groups_put_versions_side_by_side_with_their_intervals(ax):
+    table = pd.DataFrame({"detector": ["rules", "ppo"] * 2, "version": ["raw"] * 2 + ["jitter"] * 2,
+                          "value": [0.5, 0.7, 0.4, 0.6]})
+    table = table.assign(low=table["value"] - 0.1, high=table["value"] + 0.2)
+    table.loc[3, ["low", "high"]] = np.nan  # ppo, jitter: no interval
+    figures.interval_groups(table, group="version", label="Recall", limits=(0, 1), ax=ax)
+    points = {(round(x, 3), y): line.get_markerfacecolor() for line in ax.lines
+              for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)}
+    assert set(points) == {(-0.165, 0.5), (0.835, 0.7), (0.165, 0.4), (1.165, 0.6)}
+    assert [place for place, face in points.items() if face == "white"] == [(1.165, 0.6)]
+    assert ends(ax) == [(0.4, 0.7), (0.6, 0.9), (0.3, 0.6)], "none for the row without one"
+    twin = plt.subplots()[1]  # broken: bars as long above the value as below it
+    half = (table["high"] - table["low"]) / 2
+    twin.vlines(range(4), table["value"] - half, table["value"] + half)
+    assert ends(twin)[:3] != ends(ax)
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["rules", "ppo"]
+    assert legend(ax) == ["raw", "jitter"] and ax.get_ylim() == (0, 1)
+    with pytest.raises(UserError, match="version"):
+        figures.interval_groups(table.drop(columns="version"), group="version")
+
+
 def test_evidence_confusion_draws_shares_that_fill_the_bar(ax):
     counts = pd.DataFrame([[0, 0, 3, 1], [2, 2, 0, 0], [0, 0, 0, 0]], index=RISKS,
                           columns=["hit", "missed", "wrong", "dont_care"])

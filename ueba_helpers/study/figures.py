@@ -352,6 +352,39 @@ def interval_plot(table: pd.DataFrame, metric: str, *, by: str = "detector",
     return _clean(ax)
 
 
+def interval_groups(table: pd.DataFrame, *, group: str, by: str = "detector",
+                    label: str = "Value", limits: tuple[float, float] | None = None,
+                    ax: Axes | None = None) -> Axes:
+    """Draw estimates with intervals, one place per detector and side by side within it.
+
+    `table` has the columns `by` (the places), `group` (what stands side by side there), value,
+    low and high, as `evaluation.evaluate` gives them; both orders are the table's. A row whose
+    interval is NaN is drawn hollow, one whose value is NaN not at all. `limits` are the ends of the
+    value axis. Raises `UserError` for a table without a column or rows.
+    """
+    _require(table, (by, group, "value", "low", "high"), "table")
+    ax = _axes(ax, size=(6, 3.6))
+    places, names = list(table[by].unique()), list(table[group].unique())
+    chosen = colours(names)
+    for i, name in enumerate(names):
+        rows = table[table[group] == name]
+        across = rows[by].map(places.index) + 0.66 / len(names) * (i - (len(names) - 1) / 2)
+        known = rows[["low", "high"]].notna().all(axis=1)
+        for part, face in ((known, chosen[name]), (~known, "white")):
+            ax.plot(across[part], rows.loc[part, "value"], "o", color=chosen[name],
+                    markerfacecolor=face)
+        ax.vlines(across[known], rows.loc[known, "low"], rows.loc[known, "high"],
+                  colors=chosen[name], linewidth=2)
+    ax.set_xticks(range(len(places)), [str(place).replace("_", "\n") for place in places])
+    ax.set_ylim(limits)
+    ax.set_ylabel(textwrap.fill(label, 32))
+    handles = [Line2D([], [], color=chosen[name], marker="o", linestyle="", label=name)
+               for name in names]
+    ax.legend(handles=handles, frameon=False, ncols=len(names), loc="lower center",
+              bbox_to_anchor=(0.5, 1))
+    return _clean(ax)
+
+
 def evidence_confusion(counts: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Draw which evidence was cited, per true risk level, as shares of one bar.
 
