@@ -69,6 +69,8 @@ def test_panels_share_one_legend_and_keep_their_limits():
     assert [ax.get_legend() is None for ax in axes] == [False, True, True, True]
     assert [ax.axison for ax in axes[0].figure.axes] == [True] * 4 + [False] * 2
     np.testing.assert_allclose(axes[1].lines[-1].get_ydata(), np.arange(5) / 10 - 0.2)
+    at_zero = [any(set(line.get_ydata()) == {0} for line in ax.lines) for ax in axes]
+    assert at_zero == [False, True, False, False], "only where 0 says something"
 
 
 def test_explained_variance_shows_its_landmarks(ax):
@@ -115,6 +117,23 @@ def test_token_heatmap_colours_every_token_by_the_sign_of_its_value(ax):
         figures.token_heatmap(tokens, [1, 2])
     odd = figures.token_heatmap(["\n", "\u65e5x", "\ufffd"], [0, 1, 2])
     assert [text.get_text() for text in odd.texts] == ["⏎", "·x", "·"]
+
+
+def test_token_layers_paint_one_completion_several_times_on_one_scale(ax):
+    def painted(axes):
+        return [to_hex(patch.get_facecolor()) for patch in axes.patches]
+
+    tokens = ["{", '"risk"', "}"]
+    layers = {"value": np.array([0.0, 1.0, 2.0, 9.0]), "advantage": np.array([-1.0, 0.0, 1.0, 9.0])}
+    figures.token_layers(tokens, layers, ax=ax)
+    assert [text.get_text() for text in ax.texts] == ["value", *tokens, "advantage", *tokens]
+    found = painted(ax)
+    assert len(found) == 6 and found[0] == found[4] and found[1] == found[5]
+    twin = [colour for values in layers.values()  # broken: a scale of its own for each layer
+            for colour in painted(figures.token_heatmap(tokens, values[:3]))]
+    assert twin[1] != twin[5]
+    with pytest.raises(UserError, match="one number per token"):
+        figures.token_layers(tokens, {"value": np.zeros(2)})
 
 
 # ------------------------------------------------------------------ evaluation

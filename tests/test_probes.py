@@ -1,4 +1,8 @@
-"""Probes: attacks beside a control, and what names give a policy, on policies made for the test."""
+"""Probes: attacks beside a control, what names give, arms; on policies made for the test."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -7,6 +11,8 @@ import pytest
 from tests.task_windows import make_windows
 from ueba_helpers.data.seeding import generator
 from ueba_helpers.errors import UserError
+from ueba_helpers.rl import recipes
+from ueba_helpers.rl.settings import PolicySettings, PPOSettings
 from ueba_helpers.study import probes
 from ueba_helpers.task.injections import INJECTIONS, OPEN_PLACES
 from ueba_helpers.task.prompts import escape_field, window_messages
@@ -197,3 +203,79 @@ def test_an_empty_group_is_inconclusive_and_mixed_windows_are_refused():
     tables["names"] = tables["names"][::-1]
     with pytest.raises(UserError, match="other windows"):
         probes.name_gains(tables, SEEN)
+
+
+# --- arms ---
+
+
+STEPS = 8
+FITTED = {"window": 2, "start": 2, "critic_steps": 4}
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """PPO without training: a critic that is ill at lambda below 1, macro-F1 that falls with it."""
+    folders = []
+
+    def ppo(start, out, rows, settings, policy, *, held_out, evaluate_every, on_held_out):
+        folders.append(Path(out))
+        ill = settings.lam < 1
+        lines = [{"step": step, "reward": 0.1 * step,
+                  "critic/explained_variance": (-step if step < STEPS else -0.5) if ill else 0.3}
+                 for step in range(1, STEPS + 1)]
+        (Path(out) / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n"
+                                                         for line in lines))
+        for step in range(0, STEPS + 1, evaluate_every):
+            on_held_out(step, {"macro_f1": 0.6 - 0.05 * step * ill, "valid": 1.0})
+
+    monkeypatch.setattr(recipes, "ppo", ppo)
+    return folders
+
+
+def arms():
+    settings = PPOSettings(steps=STEPS, seed=3, critic_warmup_steps=0)
+    return {"cure": settings, "collapse": replace(settings, lam=0.95)}
+
+
+def run_arms(scratch, **options):
+    return probes.short_arms(arms(), "start", [], PolicySettings(), watched=[], scratch=scratch,
+                             **options)
+
+
+def test_short_arms_keep_each_arms_numbers_apart_and_nothing_on_disk(trained, tmp_path):
+    steps, scores, rang = run_arms(tmp_path, thresholds=FITTED)
+    assert len(set(trained)) == 2 and {folder.parent for folder in trained} == {tmp_path}
+    assert list(tmp_path.iterdir()) == []
+    assert steps.groupby("method").size().to_dict() == {"cure": STEPS, "collapse": STEPS}
+    assert set(steps["seed"]) == set(scores["seed"]) == {3}
+    judged = {arm: dict(part[["step", "macro_f1"]].to_numpy().round(2))
+              for arm, part in scores.groupby("method")}
+    assert judged == {"cure": {0: 0.6, 4: 0.6, 8: 0.6}, "collapse": {0: 0.6, 4: 0.4, 8: 0.2}}
+    assert set(rang.loc[rang["name"] == "broken_critic", "run"]) == {"collapse"}
+    assert list(rang) == ["run", "name", "step", "message", "severity"]
+    usual = run_arms(tmp_path)[2]  # broken twin: alarms that look back further than the run is long
+    assert "broken_critic" not in set(usual["name"])
+    with pytest.raises(UserError, match="no arm"):
+        probes.short_arms({}, "start", [], PolicySettings(), watched=[], scratch=tmp_path)
+
+
+def test_the_table_says_how_low_the_critic_fell_and_how_the_policy_fared(trained, tmp_path):
+    steps, scores, rang = run_arms(tmp_path, thresholds=FITTED)
+    table = probes.arm_table(steps, scores.iloc[::-1], rang)  # whatever the order of the rows
+    assert list(table.index) == ["cure", "collapse"]
+    assert table["lowest_explained_variance"].tolist() == [0.3, 1 - STEPS]
+    assert table["macro_f1_first"].tolist() == pytest.approx([0.6, 0.6])
+    assert table["macro_f1_last"].tolist() == pytest.approx([0.6, 0.2])
+    assert "broken_critic" in table.loc["collapse", "alarms"]
+    last = steps.groupby("method", sort=False)["critic/explained_variance"].last()
+    assert last["collapse"] == -0.5, "broken twin: the end alone would hide how low it fell"
+    quiet = probes.arm_table(steps, scores, rang.iloc[:0])
+    assert quiet["alarms"].tolist() == ["none", "none"]
+
+
+def test_a_run_without_an_alarm_is_a_table_without_rows():
+    rows = [{"step": step, "critic/explained_variance": 0.5} for step in range(1, 30)]
+    healthy = probes.alarm_table("a", rows, [], num_generations=4)
+    assert len(healthy) == 0 and list(healthy)[:3] == ["run", "name", "step"]
+    twin = [row | {"critic/explained_variance": -0.5} for row in rows]
+    assert set(probes.alarm_table("a", twin, [], num_generations=4)["run"]) == {"a"}

@@ -108,7 +108,8 @@ def learning_panels(panels: Sequence[tuple], *, x: str = "completions",
     """Draw several metrics side by side; return their axes, row by row, with one legend.
 
     `panels` holds (history, metric, label, limits of the axis): see `learning_curves`. A label of
-    None is the metric's own, limits of None are found from the data.
+    None is the metric's own, limits of None are found from the data. A panel of explained variance
+    has a line at 0, where the critic is no better than a constant.
     """
     rows = -(-len(panels) // columns)
     _, grid = plt.subplots(rows, columns, figsize=(4 * columns, 3 * rows), layout="constrained",
@@ -117,6 +118,8 @@ def learning_panels(panels: Sequence[tuple], *, x: str = "completions",
         ax.set_axis_off()
     axes = grid.flatten()[:len(panels)]
     for ax, (history, metric, label, limits) in zip(axes, panels, strict=True):
+        if metric.endswith("explained_variance"):
+            ax.axhline(0, color=GREY, linewidth=0.8)
         learning_curves(history, metric, x=x, label=label, ax=ax)
         if limits is not None:
             ax.set_ylim(limits)
@@ -234,6 +237,19 @@ def token_heatmap(tokens: Sequence[Sequence[str]] | Sequence[str], values, *,
     ax.figure.colorbar(plt.cm.ScalarMappable(norm, shades), ax=ax, label=label, fraction=0.03,
                        pad=0.01, aspect=12)
     return ax
+
+
+def token_layers(tokens: Sequence[str], layers: Mapping[str, np.ndarray], *,
+                 label: str = "Advantage", width: int = 88, ax: Axes | None = None) -> Axes:
+    """Draw one completion several times, each time on the colours of one layer of values.
+
+    `layers` maps names, which stand above the lines, to values `(T,)` for T tokens; what lies
+    behind the last token (padding) is left out. All layers share one scale: see `token_heatmap`.
+    Raises `UserError` for a layer with fewer values than tokens.
+    """
+    return token_heatmap([tokens] * len(layers),
+                         [np.asarray(values, float)[:len(tokens)] for values in layers.values()],
+                         label=label, names=list(layers), width=width, ax=ax)
 
 
 def _wrapped(tokens: Sequence[str], width: int) -> list[tuple[int, int, str]]:

@@ -1,19 +1,24 @@
-"""Questions put to a trained policy by changing its prompts: attacks, and names for codes.
+"""Questions put to trained policies, and to a training: what changes if one thing is changed?
 
 In: windows and, for each way of writing them, the policy's predictions. Out: tables of paired
 differences with 95 % intervals from a bootstrap over users. An attack is measured against a
 harmless text in the same place (`attacked_windows`, `attack_flips`); what a policy knows by heart
 shows as a gain from real names on the users it was trained on that the others lack (`named_rows`,
-`name_gains`). Refused: predictions for other windows than were asked about.
+`name_gains`). What a setting of PPO does shows in short runs from one start (`short_arms`,
+`arm_table`). Refused: predictions for other windows than were asked about.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pandas as pd
 
+from ueba_helpers.data.records import read_rows
 from ueba_helpers.data.windows import Window
 from ueba_helpers.errors import UserError
+from ueba_helpers.rl.settings import PolicySettings, PPOSettings
 from ueba_helpers.study.evaluation import difference_verdict, percentile_interval, user_draws
 from ueba_helpers.task import injections
 from ueba_helpers.task.prompts import fit_budget, keep_items, prompt_dataset
@@ -130,6 +135,70 @@ def name_gains(said: Mapping[str, pd.DataFrame], seen: Collection[str], *, margi
             made.append({"naming": name, "group": group, **part, "low": low, "high": high,
                          "verdict": difference_verdict((low, high), narrow, margin)})
     return pd.DataFrame(made).set_index(["naming", "group"])
+
+
+def short_arms(arms: Mapping[str, PPOSettings], start: Path | str, rows: Sequence[Mapping],
+               policy: PolicySettings, *, watched: Sequence[Mapping], scratch: Path | str,
+               thresholds: Mapping[str, float] | None = None
+               ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Train PPO once per arm from one checkpoint, as an exhibit; return what the runs logged.
+
+    `arms` maps names to settings; all train on the prompt rows `rows` and are judged greedily on
+    `watched` at step 0, half-way and at the end. Returned are the steps (rows of metrics.jsonl) and
+    the scores (macro_f1 and more at each judged step), both with the columns method (the arm) and
+    seed, and the alarms (`alarm_table`). `thresholds` are fields of `monitors.Thresholds`, to fit
+    so short runs. The runs lie in the folder `scratch` while they last; nothing of them is kept.
+    Raises `UserError` if there is no arm.
+    """
+    from ueba_helpers.rl import recipes
+
+    if not arms:
+        raise UserError("short_arms: there is no arm; name at least one with its settings.")
+    steps, scores, rang = [], [], []
+    for name, arm in arms.items():
+        judged: list[dict] = []
+        with TemporaryDirectory(prefix="scratch-", dir=scratch) as folder:
+            recipes.ppo(start, folder, rows, arm, policy, held_out=watched,
+                        evaluate_every=max(1, arm.steps // 2),
+                        on_held_out=lambda step, values, into=judged: into.append(
+                            {"step": step, **values}))
+            written = read_rows(Path(folder) / "metrics.jsonl")
+        steps.append(pd.DataFrame(written).assign(method=name, seed=arm.seed))
+        scores.append(pd.DataFrame(judged).assign(method=name, seed=arm.seed))
+        rang.append(alarm_table(name, written, judged, thresholds=thresholds,
+                                num_generations=arm.num_generations))
+    return tuple(pd.concat(part, ignore_index=True) for part in (steps, scores, rang))
+
+
+def alarm_table(run: str, rows: Iterable[Mapping], held_out: Iterable[Mapping], *,
+                num_generations: int, thresholds: Mapping[str, float] | None = None
+                ) -> pd.DataFrame:
+    """Return the alarms of a run, one row each: run, name, step, message, severity.
+
+    `rows` are those of metrics.jsonl, `held_out` those with step and macro_f1; `thresholds` are
+    fields of `monitors.Thresholds`, the usual ones if none are given. See `monitors.alarms`.
+    """
+    from ueba_helpers.rl import monitors
+
+    found = monitors.alarms(rows, held_out, num_generations=num_generations,
+                            thresholds=monitors.Thresholds(**(thresholds or {})))
+    table = pd.DataFrame(map(vars, found), columns=["name", "step", "message", "severity"])
+    table.insert(0, "run", run)
+    return table
+
+
+def arm_table(steps: pd.DataFrame, scores: pd.DataFrame, alarms: pd.DataFrame) -> pd.DataFrame:
+    """Return how each arm of `short_arms` fared, one row per arm.
+
+    Columns: lowest_explained_variance (of the critic, over all steps), macro_f1_first and
+    macro_f1_last (on the watched windows), alarms (their names, or "none").
+    """
+    rang = {arm: ", ".join(sorted(set(part["name"]))) for arm, part in alarms.groupby("run")}
+    critic = steps.groupby("method", sort=False)["critic/explained_variance"].min()
+    judged = scores.sort_values("step", kind="stable").groupby("method")["macro_f1"]
+    return pd.DataFrame({"lowest_explained_variance": critic, "macro_f1_first": judged.first(),
+                         "macro_f1_last": judged.last()}).reindex(critic.index).assign(
+        alarms=[rang.get(arm, "none") for arm in critic.index])
 
 
 def _mean(values: np.ndarray) -> float:
