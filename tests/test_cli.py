@@ -343,7 +343,8 @@ def test_full_training_needs_nine_copies_and_an_unknown_model_has_no_estimate():
 def test_estimate_lists_every_stage_and_their_sum(capsys, tmp_path):
     assert cli.main(["estimate", "--profile", "laptop", "--runs", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:-1]] == ["data", *pipeline.NOTEBOOKS, "all"]
+    assert [line.split()[0] for line in lines[1:-1]] == [
+        *pipeline.BEFORE_NOTEBOOKS, *pipeline.NOTEBOOKS, "all"]
     assert "1.0 M parameters" in lines[-1]
     assert list(tmp_path.iterdir()) == []
 

@@ -69,20 +69,22 @@ def test_an_impossible_value_names_its_field_and_the_legal_range(settings, value
 def test_a_profile_becomes_json_and_its_plan_covers_every_stage(name):
     chosen = profile(name)
     assert json.loads(json.dumps(chosen.as_dict()))["policy"]["name"] == chosen.policy.name
-    from ueba_helpers.study.pipeline import DATA_STAGE, NOTEBOOKS
+    from ueba_helpers.study.pipeline import BEFORE_NOTEBOOKS, NOTEBOOKS
 
-    stages = {DATA_STAGE, *NOTEBOOKS}
+    stages = {*BEFORE_NOTEBOOKS, *NOTEBOOKS}
     assert set(chosen.minutes) - {"other"} <= stages
     for stage in stages:
         assert 0 < chosen.expected_seconds(stage) < chosen.limit_seconds(stage)
 
 
 def test_smoke_plans_at_most_four_minutes_and_laptop_at_most_twenty_five():
-    from ueba_helpers.study.pipeline import DATA_STAGE, NOTEBOOKS
+    from ueba_helpers.study.pipeline import planned_seconds, study_stages
 
     for name, minutes in (("smoke", 4), ("laptop", 25)):
-        assert sum(profile(name).expected_seconds(stage)
-                   for stage in (DATA_STAGE, *NOTEBOOKS)) <= 60 * minutes
+        stages = study_stages(profile(name), seed=0, data="", runs=".")
+        planned = {stage.name: stage.expected_seconds for stage in stages}
+        assert planned_seconds(stages, planned, 2) <= 60 * minutes
+        assert planned_seconds(stages, planned, 1) == pytest.approx(sum(planned.values()))
 
 
 def test_only_hub_models_need_the_hub_and_only_gpu_profiles_a_gpu(tmp_path, monkeypatch):

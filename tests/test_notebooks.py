@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 from ueba_helpers.study.comparison import COMPARISON_COLUMNS, read_made_by, read_verdict
-from ueba_helpers.study.pipeline import NOTEBOOKS, notebooks_folder
+from ueba_helpers.study.pipeline import BEFORE_NOTEBOOKS, NOTEBOOKS, notebooks_folder
 from ueba_helpers.study.stages import CLASSICAL, GBOOST_SAME, POLICIES
 
 DETECTORS = [*CLASSICAL, GBOOST_SAME, *POLICIES]
@@ -153,6 +153,6 @@ def test_a_second_run_has_nothing_to_do(studied, runs):
     done = run_study(runs)
     assert done.returncode == 0, done.stderr[-2000:]
     stages = re.findall(r"^ *\d+/(\d+) (\S+) +(\w+)", done.stdout + done.stderr, re.MULTILINE)
-    assert [name for _, name, _ in stages] == ["data", *NOTEBOOKS]
+    assert [name for _, name, _ in stages] == [*BEFORE_NOTEBOOKS, *NOTEBOOKS]
     assert {status for _, _, status in stages} == {"unchanged"}
-    assert {total for total, _, _ in stages} == {str(len(NOTEBOOKS) + 1)}
+    assert {total for total, _, _ in stages} == {str(len(NOTEBOOKS) + len(BEFORE_NOTEBOOKS))}

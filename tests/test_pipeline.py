@@ -20,6 +20,7 @@ from ueba_helpers.errors import UserError
 from ueba_helpers.study import pipeline
 from ueba_helpers.study.config import profile
 from ueba_helpers.study.pipeline import (
+    BEFORE_NOTEBOOKS,
     NOTEBOOKS,
     PARAMETERS,
     Stage,
@@ -52,10 +53,24 @@ def returns_path(folder):
     Path(folder, "rows.csv").write_text("1")
     return [folder]
 
-def fail(study): raise KeyError("no such window")
+def fail(study):
+    Path(study, "failed").write_text("here")
+    raise KeyError("no such window")
+def outlast(study, other, seconds):
+    while not Path(study, other).exists():
+        time.sleep(0.1)
+    time.sleep(seconds)
 def refuse(study): raise UserError("DATA: logon.csv: line 1: wrong header")
 def leave(study): os._exit(0)
 def be_killed(study): os.kill(os.getpid(), signal.SIGKILL)
+def meet(study, own, other):
+    """Succeed only while another stage is running as well."""
+    Path(study, own).write_text("here")
+    for _ in range(100):
+        if Path(study, other).exists():
+            return
+        time.sleep(0.1)
+    raise TimeoutError(f"{other} never came")
 def wait(study):
     Path(study, "pid").write_text(str(os.getpid()))
     time.sleep(600)
@@ -107,6 +122,46 @@ def write_notebook(path, *cells, parameters=("PROFILE", "SEED")):
 
 
 # ------------------------------------------------------------ the graph
+
+def meeting(study, own, other, **changes):
+    return Stage(name=own, call="toy_stages:meet", limit_seconds=600, locations=("study",),
+                 parameters={"study": str(study), "own": own, "other": other}, **changes)
+
+
+def test_stages_that_do_not_need_each_other_run_side_by_side(study, environment, tmp_path):
+    pair = [meeting(study, "a", "b"), meeting(study, "b", "a")]
+    ticks = []
+    done = run_stages(pair, study=study, environment=environment, jobs=2, tick=ticks.append)
+    assert statuses(done) == {"a": "done", "b": "done"}
+    assert any("1/2 a" in line and "2/2 b" in line for line in ticks)
+    other = tmp_path / "other"
+    pair = [meeting(other, "a", "b"), meeting(other, "b", "a")]
+    alone = run_stages(pair, study=other, environment=environment, jobs=1)
+    assert statuses(alone) == {"a": "failed", "b": "not run"}, "the twin: one at a time"
+
+
+def test_a_failure_lets_its_neighbour_end_and_starts_nothing_more(study, environment, tmp_path):
+    stages = [replace(calls(tmp_path, study, "fail"), name="a"),
+              Stage(name="b", call="toy_stages:outlast", limit_seconds=600, locations=("study",),
+                    parameters={"study": str(study), "other": "failed", "seconds": 3}),
+              meeting(study, "c", "c", needs=("b",))]
+    done = run_stages(stages, study=study, environment=environment, jobs=2)
+    assert statuses(done) == {"a": "failed", "b": "done", "c": "not run"}
+    on = run_stages(stages, study=study, environment=environment, jobs=2, keep_going=True)
+    assert statuses(on) == {"a": "failed", "b": "unchanged", "c": "done"}
+
+
+def test_the_longest_way_to_the_end_goes_first(study, environment):
+    order = []
+    stages = [meeting(study, "short", "short", expected_seconds=1),
+              meeting(study, "early", "early", expected_seconds=1),
+              meeting(study, "late", "late", expected_seconds=100, needs=("early",))]
+    run_stages(stages, study=study, environment=environment, jobs=1, tell=order.append)
+    started = [line.split()[1] for line in order if "started" in line]
+    assert started == ["early", "late", "short"]
+    seconds = {stage.name: stage.expected_seconds for stage in stages}
+    assert pipeline.planned_seconds(stages, seconds, 1) == 102
+    assert pipeline.planned_seconds(stages, seconds, 2) == 101
 
 def test_a_second_run_skips_all_and_a_changed_output_runs_only_what_reads_it(
         chain, study, environment, tmp_path):
@@ -255,22 +310,24 @@ def test_a_stage_cannot_need_a_later_one():
         select([STAGES[0], STAGES[3], STAGES[1]])
 
 
-def test_every_need_in_the_table_is_an_earlier_notebook():
+def test_every_need_in_the_table_is_an_earlier_stage():
     names = list(NOTEBOOKS)
     assert names == sorted(names)
     for name, needs in NOTEBOOKS.items():
-        assert set(needs) <= set(names[:names.index(name)])
+        assert set(needs) <= {*BEFORE_NOTEBOOKS, *names[:names.index(name)]}
 
 
 def test_the_study_begins_with_the_data_and_hashes_all_it_depends_on(tmp_path):
     stages = study_stages(profile("smoke"), seed=3, data="", runs=tmp_path, notebooks=tmp_path)
-    assert [stage.name for stage in stages] == ["data", *NOTEBOOKS]
+    assert [stage.name for stage in stages] == [*BEFORE_NOTEBOOKS, *NOTEBOOKS]
     assert stages[0].parameters == {"profile": "smoke", "seed": 3, "data": "",
                                     "runs": str(tmp_path)}
-    module, _, function = stages[0].call.partition(":")
-    signature = inspect.signature(getattr(importlib.import_module(module), function))
-    signature.bind(**stages[0].parameters)
-    for stage in stages[1:]:
+    for stage in stages[:2]:
+        module, _, function = stage.call.partition(":")
+        signature = inspect.signature(getattr(importlib.import_module(module), function))
+        signature.bind(**stage.parameters)
+    assert stages[1].needs == ("data",) and "versions" in stages[1].inputs
+    for stage in stages[2:]:
         assert tuple(stage.parameters) == PARAMETERS
         assert {"settings", "data", "code", "versions"} == set(stage.inputs)
         assert "data" in stage.needs

@@ -70,6 +70,8 @@ def _parser() -> argparse.ArgumentParser:
                        "is complete and unchanged")
     study.add_argument("--keep-going", action="store_true", help="after a failure, go on with all "
                        "that does not need the failed notebook")
+    study.add_argument("--jobs", type=int, metavar="N", help="stages that run at a time, each with "
+                       "its share of the cores (default: 2, or 1 on a GPU)")
     study.add_argument("--dry-run", action="store_true", help="show what would run, and how long")
 
     simulate = _command(commands, "simulate", _simulate, "write a CERT r4.2 folder that never "
@@ -180,6 +182,7 @@ def _study(options: argparse.Namespace) -> int:
     stages = pipeline.study_stages(chosen, seed=options.seed, data=options.data,
                                    runs=options.runs)
     study = runs.study_folder(chosen, seed=options.seed, data=options.data, runs=options.runs)
+    jobs = options.jobs or pipeline.default_jobs(chosen)
     progress = _Progress()
     progress.tell(f"study {study} (profile {chosen.name}: {chosen.about})")
     began = time.monotonic()
@@ -187,12 +190,14 @@ def _study(options: argparse.Namespace) -> int:
         outcomes = pipeline.run_stages(
             stages, study=study, only=options.only, start=options.start, force=options.force,
             keep_going=options.keep_going, dry_run=options.dry_run,
-            environment=pipeline.stage_environment(offline=not chosen.needs_hub),
-            tell=progress.tell, tick=progress.tick)
+            environment=pipeline.stage_environment(offline=not chosen.needs_hub, jobs=jobs),
+            jobs=jobs, tell=progress.tell, tick=progress.tick)
     finally:
         progress.clear()
     if options.dry_run:
-        total = sum(outcome.seconds for outcome in outcomes)
+        total = pipeline.planned_seconds(
+            stages, {stage.name: 0.0 for stage in stages}
+            | {outcome.name: outcome.seconds for outcome in outcomes}, jobs)
         progress.tell(f"about {pipeline.clock(total)} in all; nothing was run")
         return 0
     refused = next((outcome for outcome in outcomes if outcome.user_error), None)
@@ -321,13 +326,12 @@ def _estimate(options: argparse.Namespace) -> int:
                                    runs=options.runs)
     study = runs.study_folder(chosen, seed=options.seed, data=options.data, runs=options.runs)
     _say(f"profile {chosen.name}: {chosen.about}")
-    total = 0.0
+    seconds = {stage.name: pipeline.expected(stage, study) for stage in stages}
     for stage in stages:
-        seconds = pipeline.expected(stage, study)
         measured = "seconds" in pipeline.read_record(study, stage.name)
-        _say(f"  {stage.name:<28} {pipeline.clock(seconds):>8}  "
+        _say(f"  {stage.name:<28} {pipeline.clock(seconds[stage.name]):>8}  "
              f"{'as last time' if measured else 'planned'}")
-        total += seconds
+    total = pipeline.planned_seconds(stages, seconds, pipeline.default_jobs(chosen))
     _say(f"  {'all':<28} {pipeline.clock(total):>8}")
     parameters = policy_parameters(chosen.policy)
     if parameters is None:

@@ -1,4 +1,4 @@
-"""The study as a graph of stages: the data, then the notebooks, each in a process of its own.
+"""The study as a graph of stages: data, cold start, notebooks, each in a process of its own.
 
 In: stages (a notebook or a function, what they need, what they depend on) and a study folder.
 Out: executed notebooks under `notebooks/`, their HTML under `html/`, one record per stage under
@@ -6,6 +6,9 @@ Out: executed notebooks under `notebooks/`, their HTML under `html/`, one record
 record's key hashes the notebook's source, its parameters, the inputs, the package's code and the
 files that the stages it needs have written. Refuses unknown names, notebooks without the study's
 parameters, and a study folder that another process works on.
+
+Stages that do not need each other run side by side where there are cores for it: a tiny policy
+gains little from a second thread, and a second stage gains all of it.
 
 A stage counts as done only if its process exits with 0, says so in its status file, and leaves an
 executed notebook without an error: a dead kernel marks every cell "completed", so the notebook
@@ -16,6 +19,7 @@ beside it as `<name>.failed.ipynb`.
 """
 
 import fcntl
+import functools
 import importlib
 import json
 import os
@@ -27,7 +31,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,17 +52,17 @@ from ueba_helpers.study.runs import (
     tree_rss_bytes,
 )
 
-DATA_STAGE = "data"
+DATA_STAGE, START_STAGE = BEFORE_NOTEBOOKS = "data", "cold_start"
 
-# The course in reading order: each notebook, and the notebooks whose results it reads.
+# The course in reading order: each notebook, and the stages whose results it reads.
 NOTEBOOKS: Mapping[str, tuple[str, ...]] = {
     "00_start_here": (),
     "01_data_exploration": (),
     "02_baselines": (),
-    "03_reward_design": (),
-    "04_sft_and_model_selection": ("02_baselines",),
-    "05_ppo_training": ("04_sft_and_model_selection",),
-    "06_grpo_training": ("04_sft_and_model_selection",),
+    "03_reward_design": (START_STAGE,),
+    "04_sft_and_model_selection": (START_STAGE, "02_baselines"),
+    "05_ppo_training": (START_STAGE,),
+    "06_grpo_training": (START_STAGE,),
     "07_comparison": ("02_baselines", "04_sft_and_model_selection", "05_ppo_training",
                       "06_grpo_training"),
     "09_error_analysis": ("07_comparison",),
@@ -123,29 +128,30 @@ def notebooks_folder() -> Path:
 
 def study_stages(chosen: Profile, *, seed: int, data: Path | str, runs: Path | str,
                  notebooks: Path | str | None = None) -> list[Stage]:
-    """Return the stages of the whole study in order: the data, then every notebook."""
+    """Return the stages of the whole study in order: data, cold start, every notebook."""
     folder = Path(notebooks) if notebooks is not None else notebooks_folder()
     data = Path(data).resolve() if str(data) else ""
     parameters = {"PROFILE": chosen.name, "SEED": seed, "DATA": str(data),
                   "RUNS": str(Path(runs).resolve())}
     settings = content_hash(chosen.as_dict(), 16)
     found = data_hash(chosen, seed=seed, data=data)
-    stages = [Stage(
-        name=DATA_STAGE, call="ueba_helpers.study.stages:prepare_data",
-        parameters={"profile": chosen.name, "seed": seed, "data": parameters["DATA"],
-                    "runs": parameters["RUNS"]},
-        locations=("data", "runs"),
-        inputs={"settings": settings, "data": found,
-                "code": code_fingerprint("data", "task", "study/config.py", "study/stages.py")},
-        expected_seconds=chosen.expected_seconds(DATA_STAGE),
-        limit_seconds=chosen.limit_seconds(DATA_STAGE))]
+    versions = content_hash(package_versions())
     code = notebook_code_fingerprint()
+    before = {
+        DATA_STAGE: ("prepare", (), {"code": code_fingerprint(
+            "data", "task", "rl/policies.py", "study/config.py", "study/stages.py")}),
+        START_STAGE: ("train_cold_start", (DATA_STAGE,), {"code": code, "versions": versions})}
+    stages = [Stage(
+        name=name, call=f"ueba_helpers.study.stages:{function}", needs=needs,
+        parameters={key.lower(): value for key, value in parameters.items()},
+        locations=("data", "runs"), inputs={"settings": settings, "data": found, **inputs},
+        expected_seconds=chosen.expected_seconds(name), limit_seconds=chosen.limit_seconds(name))
+        for name, (function, needs, inputs) in before.items()]
     for name, needs in NOTEBOOKS.items():
         stages.append(Stage(
             name=name, notebook=folder / f"{name}.ipynb", parameters=parameters,
             locations=("DATA", "RUNS"), needs=(DATA_STAGE, *needs),
-            inputs={"settings": settings, "data": found, "code": code,
-                    "versions": content_hash(package_versions())},
+            inputs={"settings": settings, "data": found, "code": code, "versions": versions},
             expected_seconds=chosen.expected_seconds(name),
             limit_seconds=chosen.limit_seconds(name)))
     return stages
@@ -281,8 +287,9 @@ def _snapshot(study: Path) -> dict[str, tuple[int, int]]:
             if name.endswith(_NO_PRODUCT_FILES) or name.startswith("."):
                 continue
             path = Path(folder) / name
-            stat = path.stat()
-            found[str(path.relative_to(study))] = (stat.st_mtime_ns, stat.st_size)
+            with suppress(FileNotFoundError):  # a stage that runs beside this one replaces files
+                stat = path.stat()
+                found[str(path.relative_to(study))] = (stat.st_mtime_ns, stat.st_size)
     return found
 
 
@@ -295,21 +302,26 @@ def _products(stage: Stage, study: Path, before: Mapping, returned: Iterable[str
     for path in map(Path, returned):
         files = [path] if path.is_file() else sorted(path.rglob("*"))
         paths.update(os.path.relpath(file, study) for file in files if file.is_file())
-    return {path: file_fingerprint(study / path) for path in sorted(paths)}
+    written = {}
+    for path in sorted(paths):
+        with suppress(FileNotFoundError):
+            written[path] = file_fingerprint(study / path)
+    return written
 
 
 # ---------------------------------------------------------------- running
 
 def run_stages(stages: Sequence[Stage], *, study: Path | str, only: Sequence[str] = (),
                start: str | None = None, force: bool = False, keep_going: bool = False,
-               dry_run: bool = False, environment: Mapping[str, str] | None = None,
+               dry_run: bool = False, environment: Mapping[str, str] | None = None, jobs: int = 1,
                tell: Callable[[str], None] = lambda line: None,
                tick: Callable[[str], None] = lambda line: None) -> list[Outcome]:
     """Run the stages that are not complete and unchanged; return one outcome for each.
 
     `force` repeats the stages asked for (not what they need). After a failure nothing else runs,
-    or with `keep_going` all that does not need the failed stage. `tell` gets one line per event,
-    `tick` the line of the running stage several times a second. Raises `UserError` before the
+    or with `keep_going` all that does not need the failed stage; stages that run already go on to
+    their end. At most `jobs` run at a time. `tell` gets one line per event, `tick` the line of the
+    running stages several times a second. Raises `UserError` before the
     first stage starts if a notebook is missing or lacks a parameter, or if another process holds
     the study.
     """
@@ -321,12 +333,13 @@ def run_stages(stages: Sequence[Stage], *, study: Path | str, only: Sequence[str
     new = not study.exists()
     _check_place(study)
     if dry_run:
-        return _go(selected, asked, study=study, force=force, keep_going=keep_going, dry_run=True,
-                   environment=None, tell=tell, tick=tick)
+        return _Schedule(selected, asked, study=study, force=force, keep_going=keep_going,
+                         dry_run=True, environment=None, jobs=1, tell=tell, tick=tick).run()
     study.mkdir(parents=True, exist_ok=True)
     with _lock(study):
-        outcomes = _go(selected, asked, study=study, force=force, keep_going=keep_going,
-                       dry_run=False, environment=environment, tell=tell, tick=tick)
+        outcomes = _Schedule(selected, asked, study=study, force=force, keep_going=keep_going,
+                             dry_run=False, environment=environment, jobs=jobs, tell=tell,
+                             tick=tick).run()
     if new and outcomes[0].user_error:
         shutil.rmtree(study)  # bad input leaves nothing half-written behind
     return outcomes
@@ -341,33 +354,110 @@ def _check_place(study: Path) -> None:
                         "--runs.")
 
 
-def _go(selected, asked, *, study, force, keep_going, dry_run, environment, tell, tick):
-    outcomes: list[Outcome] = []
-    changed: set[str] = set()
-    blocked: set[str] = set()
-    stopped = False
-    width = max(len(stage.name) for stage in selected)
-    for position, stage in enumerate(selected, start=1):
-        label = f"{position:2d}/{len(selected)} {stage.name:<{width}}"
-        if stopped or blocked & set(stage.needs):
-            blocked.add(stage.name)
+class _Schedule:
+    """Which stage runs when: those whose needs are met, the longest way to the end first."""
+
+    def __init__(self, selected, asked, *, study, force, keep_going, dry_run, environment, jobs,
+                 tell, tick):
+        self.selected, self.asked, self.study = selected, asked, study
+        self.force, self.keep_going, self.dry_run = force, keep_going, dry_run
+        self.environment, self.jobs, self.tell, self.tick = environment, jobs, tell, tick
+        width = max(len(stage.name) for stage in selected)
+        self.labels = {stage.name: f"{position:2d}/{len(selected)} {stage.name:<{width}}"
+                       for position, stage in enumerate(selected, start=1)}
+        self.way = _seconds_to_the_end(
+            selected, {stage.name: expected(stage, study) for stage in selected})
+        self.outcomes: dict[str, Outcome] = {}
+        self.running: dict[Future, Stage] = {}
+        self.lines: dict[str, str] = {}
+        self.stopped = False
+        self.interrupted = threading.Event()
+
+    def run(self) -> list[Outcome]:
+        """Run every stage or say why not; return the outcomes in the order of the stages."""
+        with ThreadPoolExecutor(max_workers=self.jobs) as pool:
+            try:
+                while len(self.outcomes) < len(self.selected):
+                    waiting = [stage for stage in self._open() if not self._settled(stage)]
+                    waiting.sort(key=lambda stage: -self.way[stage.name])
+                    for stage in waiting[:self.jobs - len(self.running)]:
+                        self.running[pool.submit(self._run, stage)] = stage
+                    for future in wait(self.running, return_when=FIRST_COMPLETED).done:
+                        self._keep(self.running.pop(future), future.result())
+            except BaseException:
+                self.interrupted.set()  # whoever watches a process ends it
+                raise
+        return [self.outcomes[stage.name] for stage in self.selected]
+
+    def _open(self) -> Iterator[Stage]:
+        """Yield the stages without an outcome whose needs have one, running ones left out."""
+        for stage in self.selected:
+            if (stage.name not in self.outcomes and stage not in self.running.values()
+                    and all(need in self.outcomes for need in stage.needs)):
+                yield stage
+
+    def _settled(self, stage: Stage) -> bool:
+        """Keep the outcome of a stage that no process has to run for; return whether it is one."""
+        needs = [self.outcomes[need] for need in stage.needs]
+        changed = any(outcome.status == "would run" for outcome in needs)
+        if self.stopped or not all(outcome.ok for outcome in needs):
             outcome = Outcome(name=stage.name, status="not run")
-        elif (not (force and stage.name in asked) and not changed & set(stage.needs)
-              and is_current(stage, study, stage_key(stage, study))):
+        elif (not (self.force and stage.name in self.asked) and not changed
+              and is_current(stage, self.study, stage_key(stage, self.study))):
             outcome = Outcome(name=stage.name, status="unchanged",
-                              path=_path_of(stage, study))
-        elif dry_run:
-            changed.add(stage.name)
-            outcome = Outcome(name=stage.name, status="would run", seconds=expected(stage, study))
+                              path=_path_of(stage, self.study))
+        elif self.dry_run:
+            outcome = Outcome(name=stage.name, status="would run",
+                              seconds=expected(stage, self.study))
         else:
-            outcome = _run_one(stage, study, environment=environment, label=label, tell=tell,
-                               tick=tick)
-            if not outcome.ok:
-                blocked.add(stage.name)
-                stopped = not keep_going
-        outcomes.append(outcome)
-        tell(_line(label, outcome))
-    return outcomes
+            return False
+        self._keep(stage, outcome)
+        return True
+
+    def _run(self, stage: Stage) -> Outcome:
+        return _run_one(stage, self.study, environment=self.environment,
+                        label=self.labels[stage.name], interrupted=self.interrupted,
+                        tell=self.tell, tick=functools.partial(self._tick, stage.name))
+
+    def _tick(self, name: str, line: str) -> None:
+        self.lines[name] = line
+        self.tick(" | ".join(list(self.lines.values())))
+
+    def _keep(self, stage: Stage, outcome: Outcome) -> None:
+        self.outcomes[stage.name] = outcome
+        self.lines.pop(stage.name, None)
+        self.stopped |= outcome.status == "failed" and not self.keep_going
+        self.tell(_line(self.labels[stage.name], outcome))
+
+
+def planned_seconds(stages: Sequence[Stage], seconds: Mapping[str, float], jobs: int) -> float:
+    """Return when the last of the stages will end, if each takes its `seconds`, `jobs` at a time.
+
+    >>> a, b = Stage(name="a"), Stage(name="b")
+    >>> planned_seconds([a, b], {"a": 3, "b": 2}, 1), planned_seconds([a, b], {"a": 3, "b": 2}, 2)
+    (5.0, 3.0)
+    """
+    way = _seconds_to_the_end(stages, seconds)
+    now, running, ended = 0.0, {}, set()
+    while len(ended) < len(stages):
+        waiting = [stage.name for stage in stages if stage.name not in running.keys() | ended
+                   and ended.issuperset(stage.needs)]
+        for name in sorted(waiting, key=lambda name: -way[name])[:jobs - len(running)]:
+            running[name] = now + seconds[name]
+        first = min(running, key=running.get)
+        now = running.pop(first)
+        ended.add(first)
+    return float(now)
+
+
+def _seconds_to_the_end(stages: Sequence[Stage], seconds: Mapping[str, float]
+                        ) -> dict[str, float]:
+    """Return how long each stage and the longest chain of stages behind it are expected to take."""
+    way: dict[str, float] = {}
+    for stage in reversed(stages):
+        behind = [way[other.name] for other in stages if stage.name in other.needs]
+        way[stage.name] = seconds[stage.name] + max(behind, default=0.0)
+    return way
 
 
 def _path_of(stage: Stage, study: Path) -> Path | None:
@@ -414,12 +504,19 @@ def _lock(study: Path) -> Iterator[None]:
         yield
 
 
-def stage_environment(*, offline: bool = True, threads: int | None = None) -> dict[str, str]:
+def default_jobs(chosen: Profile) -> int:
+    """Return how many stages run at a time: two on a CPU with two cores or more, one on a GPU."""
+    return 1 if chosen.needs_gpu else min(2, available_cpus())
+
+
+def stage_environment(*, offline: bool = True, threads: int | None = None, jobs: int = 1
+                      ) -> dict[str, str]:
     """Return the environment of a stage's process: offline, quiet, with a fixed thread count.
 
-    `threads` defaults to OMP_NUM_THREADS, else to the cores this process may use.
+    `threads` defaults to OMP_NUM_THREADS, else to the cores this process may use, shared by as
+    many stages as run at a time (`jobs`).
     """
-    count = str(threads or os.environ.get("OMP_NUM_THREADS") or available_cpus())
+    count = str(threads or os.environ.get("OMP_NUM_THREADS") or max(1, available_cpus() // jobs))
     environment = {key: value for key, value in os.environ.items() if key != "MPLBACKEND"}
     environment |= {
         "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "OPENBLAS_NUM_THREADS": count,
@@ -433,7 +530,7 @@ def stage_environment(*, offline: bool = True, threads: int | None = None) -> di
     return environment
 
 
-def _run_one(stage, study, *, environment, label, tell, tick) -> Outcome:
+def _run_one(stage, study, *, environment, label, interrupted, tell, tick) -> Outcome:
     about, key = expected(stage, study), stage_key(stage, study)
     for folder in ("notebooks", "html", "logs", "stages"):
         (study / folder).mkdir(exist_ok=True)
@@ -453,7 +550,7 @@ def _run_one(stage, study, *, environment, label, tell, tick) -> Outcome:
                "partial": str(partial), "html": str(html), "scratch": str(scratch)}
         write_json(scratch / "job.json", job)
         ended = _watch_process(
-            scratch / "job.json", log=log, limit=stage.limit_seconds,
+            scratch / "job.json", log=log, limit=stage.limit_seconds, interrupted=interrupted,
             environment=stage_environment() if environment is None else environment,
             tick=lambda elapsed: tick(f"{label}  {clock(elapsed)} of about {clock(about)}"))
         status = _read_status(scratch / "status.json")
@@ -493,9 +590,9 @@ class _Ended:
     out_of_time: bool
 
 
-def _watch_process(job: Path, *, log: Path, limit: float, environment: Mapping[str, str],
-                   tick: Callable[[float], None]) -> _Ended:
-    """Run one stage's process to its end or its limit; leave none of its processes behind."""
+def _watch_process(job: Path, *, log: Path, limit: float, interrupted: threading.Event,
+                   environment: Mapping[str, str], tick: Callable[[float], None]) -> _Ended:
+    """Run one stage's process to its end, its limit or an interruption; leave none behind."""
     began, peak, out_of_time, sampled = time.monotonic(), 0, False, 0.0
     family: set[psutil.Process] = set()
     # The temporary folders that Jupyter would otherwise share with the user's own sessions.
@@ -508,7 +605,7 @@ def _watch_process(job: Path, *, log: Path, limit: float, environment: Mapping[s
             start_new_session=True)
         try:
             watched = psutil.Process(process.pid)
-            while process.poll() is None:
+            while process.poll() is None and not interrupted.is_set():
                 elapsed = time.monotonic() - began
                 if elapsed > limit:
                     out_of_time = True

@@ -102,6 +102,20 @@ def prepare_data(profile: str, seed: int, data: str, runs: str, *,
     return home
 
 
+def prepare(profile: str, seed: int, data: str, runs: str) -> Path:
+    """Make the data and the untrained policy, which stages running side by side both begin from."""
+    study = open_study(profile, seed, data, runs)
+    home = study.home
+    if study.profile.policy.name == "tiny":
+        study.base_policy  # noqa: B018 - made on first use
+    return home
+
+
+def train_cold_start(profile: str, seed: int, data: str, runs: str) -> Path:
+    """Train the cold start, from which every later stage goes on; return its run folder."""
+    return open_study(profile, seed, data, runs).run("sft").path
+
+
 def _stored(release: Path, store: Path, memory_limit: str) -> dict:
     """Read a release into `store`, or link a store that is given; return its manifest."""
     if not cert.is_store(release):
