@@ -126,6 +126,32 @@ def test_confusion_counts_every_headline_row_and_has_an_invalid_column():
     assert natural.to_numpy().sum() == pytest.approx(sum(row["weight"] for row in rows))
 
 
+def test_flagged_shares_weigh_each_benign_day_by_the_days_it_stands_for():
+    rows = [{"user": "A", "label": "normal", "said": "malicious", "weight": 1.0},
+            {"user": "A", "label": "normal", "weight": 9.0},
+            {"user": "B", "label": "suspicious", "said": "malicious", "weight": 5.0},
+            {"user": "B", "label": "malicious", "weight": 50.0},  # no benign day
+            {"user": "C", "label": "normal", "said": "malicious", "weight": 0.0},
+            {"user": "C", "label": "normal", "said": "malicious", "weight": 7.0, "ignore": True},
+            {"user": "C", "label": "normal", "said": "invalid", "weight": 15.0}]
+    reason = pd.Series({"W0000": "late", "W0001": "late", "W0003": "late", "W0009": "not judged"})
+    joined = {"a": evaluation.join(*tables(rows))}
+    joined["b"] = joined["a"].assign(risk="malicious")
+    table = evaluation.flagged_shares(joined, reason)
+    assert list(table.index) == ["nothing unusual", "late"] and table.index.name == "reason"
+    assert table["days"].tolist() == [20.0, 10.0]
+    assert table["a"].tolist() == pytest.approx([0.25, 0.1])
+    assert table["b"].tolist() == [1.0, 1.0]
+    late = joined["a"].iloc[:2]
+    assert (late["risk"] == "malicious").mean() == 0.5, "broken twin: days that count once each"
+    with pytest.raises(UserError, match="W0000"):
+        evaluation.flagged_shares(joined, pd.concat([reason, reason.iloc[:1]]))
+    with pytest.raises(UserError, match="b was judged on other windows"):
+        evaluation.flagged_shares({**joined, "b": joined["b"].iloc[1:]}, reason)
+    with pytest.raises(UserError, match="at least one"):
+        evaluation.flagged_shares({}, reason)
+
+
 # ------------------------------------------------------------------ ranking
 
 def test_average_precision_agrees_with_scikit_learn_under_weights_and_ties():
@@ -734,6 +760,51 @@ def test_the_equivalence_claim_is_rarely_made_at_the_margin_itself():
     assert claims / 400 < 0.08  # alpha is .05
     wrong = sum(abs(draw.normal(0.02, 0.01, 8).mean()) < 0.02 for _ in range(400))
     assert wrong / 400 > 0.3  # the broken twin: the mean alone within the margin
+
+
+# ------------------------------------------------------------------ two detectors together
+
+def test_an_ensemble_says_the_graver_risk_of_the_same_window():
+    said = [("normal", "normal"), ("normal", "suspicious"), ("malicious", "suspicious"),
+            ("invalid", "normal"), ("invalid", "invalid")]
+    a, b = (tables([{"user": "A", "label": "normal", "said": pair[i], "evidence": ["e1"]}
+                    for pair in said], detector=name)[0] for i, name in enumerate("ab"))
+    expected = ["normal", "suspicious", "malicious", "normal", "invalid"]
+    both = evaluation.graver(a, b.iloc[::-1], name="two")  # whatever the order of the rows
+    assert both["risk"].tolist() == expected
+    assert both["valid"].tolist() == [True] * 4 + [False]
+    assert set(both["detector"]) == {"two"} and both["evidence"].tolist() == [[]] * 5
+    assert set(both["score"]) == {0.0} and a["evidence"].tolist() == [["e1"]] * 5
+    twin = [max(pair) for pair in zip(a["risk"], b["risk"], strict=True)]  # broken: by alphabet
+    assert twin != expected
+    with pytest.raises(UserError, match="W0004"):
+        evaluation.graver(a, b.iloc[:4])
+    with pytest.raises(UserError, match="a holds windows more than once: W0000"):
+        evaluation.graver(pd.concat([a, a.iloc[:1]]), b)
+
+
+def test_an_ensemble_gains_where_each_misses_what_the_other_sees():
+    labels = ["malicious"] * 40 + ["normal"] * 40 + ["suspicious"] * 40
+    rows = [{"user": f"U{i % 20}", "label": label} for i, label in enumerate(labels)]
+
+    def detector(name, misses):
+        return tables([row | {"said": "normal" if row["label"] != "normal" and misses(i)
+                              else row["label"]} for i, row in enumerate(rows)], detector=name)
+
+    a, truth, sample = detector("a", lambda i: i % 4 == 0)
+    other, same = (detector(name, misses)[0] for name, misses in (
+        ("b", lambda i: i % 4 == 1), ("b", lambda i: i % 4 == 0)))
+    table = evaluation.ensemble_gains(a, other, truth, sample, **FAST)
+    assert list(table.index) == ["a", "b", "either"]
+    assert table.loc["either", "macro_f1"] == 1 and table["macro_f1"].iloc[0] == pytest.approx(
+        f1_score(labels, a["risk"], average="macro"))
+    assert table.loc["a", "gain"] == pytest.approx(1 - table.loc["a", "macro_f1"])
+    gain = evaluation.paired_difference(evaluation.graver(a, other), a, truth, sample, **FAST)
+    assert (gain.low, gain.high) == tuple(table.loc["a", ["low", "high"]])
+    assert table["verdict"].tolist()[:2] == ["better", "better"]
+    assert table.loc["either", ["gain", "low", "high", "verdict"]].isna().all()
+    twin = evaluation.ensemble_gains(a, same, truth, sample, **FAST)  # both miss the same days
+    assert twin["gain"].iloc[0] == 0 and twin["verdict"].iloc[0] != "better"
 
 
 # ------------------------------------------------------------------ statistics of seeds

@@ -103,6 +103,27 @@ def test_grouped_bars_stand_side_by_side_and_are_cut_at_the_limits(ax):
     assert to_hex(ax.patches[2].get_facecolor()) == figures.NAMED_COLOURS["grpo"]
 
 
+def test_lying_bars_have_the_tables_first_row_and_column_on_top(ax):
+    def order(axes):
+        """Return (height up the page, width, colour) of the bars, from the top down."""
+        bars = [(axes.transData.transform((0, bar.get_y()))[1], bar.get_width(),
+                 to_hex(bar.get_facecolor())) for bar in axes.patches]
+        return [(width, colour) for _, width, colour in sorted(bars, reverse=True)]
+
+    table = pd.DataFrame({"ppo": [0.2, -0.3], "grpo": [0.4, 0.1]},
+                         index=pd.Index(["late", "roaming"], name="innocent cause"))
+    figures.lying_bars(table, label="Share", ax=ax)
+    ppo, grpo = (figures.NAMED_COLOURS[name] for name in table)
+    assert order(ax) == [(0.2, ppo), (0.4, grpo), (-0.3, ppo), (0.1, grpo)]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["late", "roaming"]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("Share", "Innocent cause")
+    assert legend(ax) == ["ppo", "grpo"]
+    twin = table.plot.barh()  # broken: the table upside down
+    assert [width for width, _ in order(twin)] != [width for width, _ in order(ax)]
+    with pytest.raises(UserError, match="no rows"):
+        figures.lying_bars(table.iloc[:0], label="Share")
+
+
 def test_token_heatmap_colours_every_token_by_the_sign_of_its_value(ax):
     tokens = ["{", '"risk"', ": ", '"normal"', "}"]
     figures.token_heatmap(tokens, [-1, 0, 0.5, 1, -0.5], ax=ax, width=12)
@@ -226,6 +247,20 @@ def test_resource_bars_stack_the_parts_and_name_the_unit(ax):
     assert [round(bar.get_width()) for bar in ax.patches] == [16, 16, 64, 0]
     assert [text.get_text() for text in ax.texts] == ["80", "16"]
     assert ax.get_xlabel() == "Tensor memory (MB)" and legend(ax) == ["weights", "critic"]
+
+
+def test_side_by_side_draws_each_table_in_its_panel_with_one_legend():
+    counts = {name: pd.DataFrame([[hit, 4 - hit, 0, 0]] * 3, index=RISKS,
+                                 columns=["hit", "missed", "wrong", "dont_care"])
+              for name, hit in (("ppo", 1), ("grpo", 3))}
+    axes = figures.side_by_side(figures.evidence_confusion, counts, size=(5, 3))
+    assert [ax.get_ylabel() for ax in axes] == ["True risk (ppo)", "True risk (grpo)"]
+    assert [ax.get_legend() is None for ax in axes] == [False, True]
+    assert tuple(axes[0].figure.get_size_inches()) == (10, 3)
+    widths = [ax.patches[0].get_width() for ax in axes]
+    assert widths == [0.25, 0.75], "each panel has its own table"
+    twin = figures.side_by_side(figures.evidence_confusion, dict.fromkeys(counts, counts["ppo"]))
+    assert [ax.patches[0].get_width() for ax in twin] != widths  # broken: one table twice
 
 
 # ------------------------------------------------------------------ the data

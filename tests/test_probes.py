@@ -27,7 +27,14 @@ def message(window):
     return window_messages(window)[1]["content"]
 
 
-# --- attacks ---
+# --- windows and attacks ---
+
+
+def test_users_give_a_window_each_in_turn():
+    table = pd.DataFrame({"user": list("AAABAC"), "window_id": list("abcdef")}, index=[7] * 6)
+    assert list(probes.user_by_user(table, 4)["window_id"]) == ["a", "d", "f", "b"]
+    assert list(probes.user_by_user(table, 9)["window_id"]) == list("adfbce"), "no more than there"
+    assert table.head(4)["user"].nunique() == 2, "broken twin: the first rows are of two users"
 
 
 @pytest.fixture(scope="module")

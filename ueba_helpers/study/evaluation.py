@@ -29,7 +29,7 @@ equivalence by two one-sided tests) and Holm (1979: several comparisons at once)
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -330,6 +330,30 @@ def confusion(predictions: pd.DataFrame, truth: pd.DataFrame, sample: pd.DataFra
     table = counts.reshape(len(RISKS), len(SAID))
     return pd.DataFrame(table if natural else table.astype(int),
                         index=pd.Index(RISKS, name="label"), columns=pd.Index(SAID, name="said"))
+
+
+def flagged_shares(joined: Mapping[str, pd.DataFrame], reason: pd.Series) -> pd.DataFrame:
+    """Return the shares of benign account-days called malicious, by the reason a day stands out.
+
+    `joined` maps detectors to tables of `join` for one sample; `reason` has windows in its index,
+    and one it lacks has the reason "nothing unusual". One row per reason, most days first: a column
+    per detector (share at natural weights) and days (benign account-days that the sample stands
+    for). Raises `UserError` for a window with two reasons and for tables of different windows.
+    """
+    if not joined:
+        raise UserError("flagged_shares needs the rows of at least one detector.")
+    _refuse(reason.index[reason.index.duplicated()], "reason holds windows more than once")
+    windows = set(next(iter(joined.values()))["window_id"])
+    shares = {}
+    for detector, rows in joined.items():
+        _refuse(windows ^ set(rows["window_id"]), f"{detector} was judged on other windows")
+        benign = rows[~rows["malicious"] & (rows["weight_natural"] > 0)]
+        why = benign["window_id"].map(reason).fillna("nothing unusual").rename("reason")
+        days = benign["weight_natural"].groupby(why).sum()
+        alarms = benign["weight_natural"].where(benign["risk"] == MALICIOUS, 0.0)
+        shares[detector] = alarms.groupby(why).sum() / days
+    return pd.DataFrame(shares).assign(days=days).sort_values("days", ascending=False,
+                                                              kind="stable")
 
 
 # --------------------------------------------------------------------------- what was cited
@@ -820,6 +844,49 @@ def difference_verdict(interval: tuple[float, float], narrow: tuple[float, float
     if interval[1] < 0:
         return "worse"
     return "inconclusive"
+
+
+# --------------------------------------------------------------------------- two detectors together
+
+def graver(a: pd.DataFrame, b: pd.DataFrame, *, name: str = "either") -> pd.DataFrame:
+    """Return the predictions of an ensemble of two detectors, which says the graver of both risks.
+
+    `a` and `b` are predictions tables of one detector and seed each for the same windows; the
+    ensemble is invalid only where both are, has their order from `a`, and neither ranks nor cites.
+    Raises `UserError` naming windows that one of them lacks or that occur more than once.
+    """
+    for table, what in ((a, "a"), (b, "b")):
+        _require(table, _PREDICTION_COLUMNS, what)
+        _refuse(table.loc[table["window_id"].duplicated(), "window_id"],
+                f"{what} holds windows more than once")
+    _refuse(set(a["window_id"]) ^ set(b["window_id"]), "only one of a and b has these windows")
+    grave = ("invalid", *RISKS).index
+    other = a["window_id"].map(b.set_index("window_id")["risk"])
+    risk = [max(pair, key=grave) for pair in zip(a["risk"], other, strict=True)]
+    nothing = [[] for _ in risk]
+    return a.assign(detector=name, risk=risk, valid=[said != "invalid" for said in risk], score=0.0,
+                    features=nothing, evidence=nothing)
+
+
+def ensemble_gains(a: pd.DataFrame, b: pd.DataFrame, truth: pd.DataFrame, sample: pd.DataFrame, *,
+                   resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """Return macro-F1 of two detectors and of their ensemble (`graver`), and what it gains.
+
+    One row per detector, the ensemble ("either") last: macro_f1, then the gain of the ensemble over
+    this detector with low, high and verdict of `paired_difference`, NaN for the ensemble itself.
+    """
+    both = graver(a, b)
+    made = []
+    for table in (a, b, both):
+        counts = confusion(table, truth, sample).to_numpy(float).reshape(1, -1)
+        line = {"detector": table["detector"].iloc[0],
+                "macro_f1": _class_metrics(counts)["macro_f1"][0]}
+        if table is not both:
+            gain = paired_difference(both, table, truth, sample, resamples=resamples, seed=seed)
+            line |= {"gain": gain.value, "low": gain.low, "high": gain.high,
+                     "verdict": gain.verdict}
+        made.append(line)
+    return pd.DataFrame(made).set_index("detector")
 
 
 # --------------------------------------------------------------------------- statistics of seeds

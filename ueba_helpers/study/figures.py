@@ -11,7 +11,7 @@ so. Titles are left to the caller.
 """
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -195,6 +195,28 @@ def grouped_bars(table: pd.DataFrame, *, label: str, x_label: str = "",
     ax.set_ylim(limits)
     ax.set_xlabel(x_label)
     ax.set_ylabel(label)
+    ax.legend(frameon=False, ncols=len(table.columns), loc="lower center", bbox_to_anchor=(0.5, 1))
+    return _clean(ax)
+
+
+def lying_bars(table: pd.DataFrame, *, label: str, ax: Axes | None = None) -> Axes:
+    """Draw one group of lying bars per row of a table, one bar per column, the first row on top.
+
+    The name of the table's index, if it has one, stands beside the rows. Raises `UserError` for a
+    table without rows.
+    """
+    _require(table, (), "table")
+    ax = _axes(ax, size=(8, 0.8 + 0.42 * len(table)))
+    width = 0.8 / len(table.columns)
+    chosen = colours(table.columns)
+    for i, name in enumerate(table.columns):
+        places = np.arange(len(table)) + (i - (len(table.columns) - 1) / 2) * width
+        ax.barh(places, table[name].to_numpy(float), 0.95 * width, color=chosen[name], label=name)
+    ax.axvline(0, color=GREY, linewidth=0.8)
+    ax.set_yticks(range(len(table)), list(table.index))
+    ax.invert_yaxis()
+    ax.set_xlabel(label)
+    ax.set_ylabel("" if table.index.name is None else _label(table.index.name))
     ax.legend(frameon=False, ncols=len(table.columns), loc="lower center", bbox_to_anchor=(0.5, 1))
     return _clean(ax)
 
@@ -617,6 +639,25 @@ def scenario_days(days: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1),
               fontsize="small", markerscale=2)
     return _clean(ax)
+
+
+# --------------------------------------------------------------------------- several panels
+
+def side_by_side(draw: Callable[..., Axes], tables: Mapping[str, pd.DataFrame], *,
+                 size: tuple[float, float] = (5, 3.4)) -> np.ndarray:
+    """Draw one table per panel by a function of this module; return the axes, in order.
+
+    `tables` maps the names that stand beside the panels' y-axes to what `draw` takes; `size` is one
+    panel's width and height in inches. A legend is shown once, in the first panel.
+    """
+    _, grid = plt.subplots(1, len(tables), figsize=(size[0] * len(tables), size[1]),
+                           layout="constrained", squeeze=False)
+    for ax, (name, table) in zip(grid[0], tables.items(), strict=True):
+        draw(table, ax=ax)
+        ax.set_ylabel(f"{ax.get_ylabel()} ({name})")
+        if ax is not grid[0, 0] and ax.get_legend():
+            ax.get_legend().remove()
+    return grid[0]
 
 
 # --------------------------------------------------------------------------- shared

@@ -27,6 +27,15 @@ HARMLESS = "quarterly report.doc"
 NAMINGS = ("codes", "other codes", "names")
 
 
+def user_by_user(windows: pd.DataFrame, n: int) -> pd.DataFrame:
+    """Return up to `n` rows of a table with the column user, from as many users as possible.
+
+    Users give a row each in turn: first everybody's first one, in the order of the table.
+    """
+    turn = windows.groupby("user").cumcount().to_numpy()
+    return windows.iloc[np.argsort(turn, kind="stable")[:n]]
+
+
 def attacked_windows(windows: Sequence[Window], *, places: Sequence[str],
                      texts: Sequence[str] = injections.INJECTIONS, rounds: int | None = None
                      ) -> tuple[list[Window], pd.DataFrame]:
