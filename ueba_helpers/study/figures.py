@@ -30,7 +30,7 @@ GREY, LIGHT = "#6b6b6b", "#e6e6e6"
 NAMED_COLOURS = {
     "ppo": PALETTE[0], "grpo": PALETTE[1], "sft": PALETTE[2], "sft_all": PALETTE[8],
     "untrained": PALETTE[7], "gradient_boosting": PALETTE[3],
-    "gradient_boosting_same_windows": "#8a4b1f", "rules": PALETTE[5],
+    "gradient_boosting_same_windows": "#8a4b1f", "rules": "#333333",
     "logistic_regression": PALETTE[4], "isolation_forest": PALETTE[6], "keyword": PALETTE[9],
     "cure": PALETTE[2], "collapse": PALETTE[3], "before warm-up": "#b0b0b0",
     "normal": PALETTE[2], "suspicious": PALETTE[8], "malicious": PALETTE[3], "invalid": PALETTE[7],
