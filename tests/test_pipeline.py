@@ -53,24 +53,20 @@ def returns_path(folder):
     Path(folder, "rows.csv").write_text("1")
     return [folder]
 
-def fail(study):
-    Path(study, "failed").write_text("here")
-    raise KeyError("no such window")
-def outlast(study, other, seconds):
-    while not Path(study, other).exists():
-        time.sleep(0.1)
-    time.sleep(seconds)
+def fail(study): raise KeyError("no such window")
 def refuse(study): raise UserError("DATA: logon.csv: line 1: wrong header")
 def leave(study): os._exit(0)
 def be_killed(study): os.kill(os.getpid(), signal.SIGKILL)
 def meet(study, own, other):
     """Succeed only while another stage is running as well."""
     Path(study, own).write_text("here")
-    for _ in range(100):
+    for _ in range(200):
         if Path(study, other).exists():
             return
         time.sleep(0.1)
     raise TimeoutError(f"{other} never came")
+def say_threads(study, name):
+    Path(study, name).write_text(os.environ["OMP_NUM_THREADS"])
 def wait(study):
     Path(study, "pid").write_text(str(os.getpid()))
     time.sleep(600)
@@ -142,13 +138,40 @@ def test_stages_that_do_not_need_each_other_run_side_by_side(study, environment,
 
 def test_a_failure_lets_its_neighbour_end_and_starts_nothing_more(study, environment, tmp_path):
     stages = [replace(calls(tmp_path, study, "fail"), name="a"),
-              Stage(name="b", call="toy_stages:outlast", limit_seconds=600, locations=("study",),
-                    parameters={"study": str(study), "other": "failed", "seconds": 3}),
-              meeting(study, "c", "c", needs=("b",))]
-    done = run_stages(stages, study=study, environment=environment, jobs=2)
+              meeting(study, "b", "told"), meeting(study, "c", "c", needs=("b",))]
+
+    def tell(line):  # b waits for this file, and so outlasts a
+        if "failed" in line:
+            (study / "told").write_text("here")
+
+    done = run_stages(stages, study=study, environment=environment, jobs=2, tell=tell)
     assert statuses(done) == {"a": "failed", "b": "done", "c": "not run"}
     on = run_stages(stages, study=study, environment=environment, jobs=2, keep_going=True)
     assert statuses(on) == {"a": "failed", "b": "unchanged", "c": "done"}
+
+
+def test_nothing_runs_beside_a_stage_that_is_alone(study, environment):
+    pair = [meeting(study, "a", "b", alone=True), meeting(study, "b", "b")]
+    done = run_stages(pair, study=study, environment=environment, jobs=2, keep_going=True)
+    assert statuses(done) == {"a": "failed", "b": "done"}, "the first waited for the other in vain"
+    seconds = {"a": 10, "b": 10}
+    assert pipeline.planned_seconds(pair, seconds, 2) == 20
+    assert pipeline.planned_seconds([replace(pair[0], alone=False), pair[1]], seconds, 2) == 10
+
+
+def test_a_stage_has_its_own_number_of_threads(study, environment):
+    stages = [Stage(name=name, call="toy_stages:say_threads", threads=threads,
+                    parameters={"study": str(study), "name": name}, locations=("study",))
+              for name, threads in (("own", 3), ("default", None))]
+    run_stages(stages, study=study, environment=environment)
+    assert {name: (study / name).read_text() for name in ("own", "default")} == {
+        "own": "3", "default": "1"}
+    planned = {stage.name: stage for stage in study_stages(
+        profile("smoke"), seed=0, data="", runs=study, notebooks=study, jobs=2)}
+    alone = {name for name, stage in planned.items() if stage.alone}
+    assert alone == {*BEFORE_NOTEBOOKS, "07_comparison", "09_error_analysis"}
+    both = planned["05_ppo_training"].threads, planned["06_grpo_training"].threads
+    assert both[0] == both[1] <= planned["cold_start"].threads
 
 
 def test_the_longest_way_to_the_end_goes_first(study, environment):

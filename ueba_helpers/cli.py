@@ -179,10 +179,10 @@ def _study(options: argparse.Namespace) -> int:
     chosen = _checked_profile(options)
     if not options.dry_run:
         check_device(chosen)
-    stages = pipeline.study_stages(chosen, seed=options.seed, data=options.data,
-                                   runs=options.runs)
-    study = runs.study_folder(chosen, seed=options.seed, data=options.data, runs=options.runs)
     jobs = options.jobs or pipeline.default_jobs(chosen)
+    stages = pipeline.study_stages(chosen, seed=options.seed, data=options.data,
+                                   runs=options.runs, jobs=jobs)
+    study = runs.study_folder(chosen, seed=options.seed, data=options.data, runs=options.runs)
     progress = _Progress()
     progress.tell(f"study {study} (profile {chosen.name}: {chosen.about})")
     began = time.monotonic()
@@ -190,7 +190,7 @@ def _study(options: argparse.Namespace) -> int:
         outcomes = pipeline.run_stages(
             stages, study=study, only=options.only, start=options.start, force=options.force,
             keep_going=options.keep_going, dry_run=options.dry_run,
-            environment=pipeline.stage_environment(offline=not chosen.needs_hub, jobs=jobs),
+            environment=pipeline.stage_environment(offline=not chosen.needs_hub),
             jobs=jobs, tell=progress.tell, tick=progress.tick)
     finally:
         progress.clear()

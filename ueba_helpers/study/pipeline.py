@@ -8,7 +8,9 @@ files that the stages it needs have written. Refuses unknown names, notebooks wi
 parameters, and a study folder that another process works on.
 
 Stages that do not need each other run side by side where there are cores for it: a tiny policy
-gains little from a second thread, and a second stage gains all of it.
+gains little from a second thread, a second stage gains more. Stages that all others wait for, or
+that wait for all others, run alone on all cores. Which they are is fixed, so that a stage has the
+same number of threads, and gives the same numbers, each time.
 
 A stage counts as done only if its process exits with 0, says so in its status file, and leaves an
 executed notebook without an error: a dead kernel marks every cell "completed", so the notebook
@@ -30,7 +32,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -68,6 +70,8 @@ NOTEBOOKS: Mapping[str, tuple[str, ...]] = {
     "09_error_analysis": ("07_comparison",),
 }
 
+_LAST = ("07_comparison", "09_error_analysis")  # all others have ended when these begin
+
 PARAMETERS = ("PROFILE", "SEED", "DATA", "RUNS")
 
 # Files of a study that no stage reads, or that differ between two equal runs.
@@ -85,7 +89,8 @@ class Stage:
 
     `needs` names earlier stages; `inputs` are hashes of whatever else the result depends on;
     `locations` names the parameters that are mere paths, which do not count for the key. A
-    function is called with the parameters as keywords and may return the paths it wrote.
+    function is called with the parameters as keywords and may return the paths it wrote. Nothing
+    runs beside a stage that is `alone`; `threads` overrides what the environment says.
     """
 
     name: str
@@ -97,6 +102,8 @@ class Stage:
     inputs: Mapping[str, str] = field(default_factory=dict)
     expected_seconds: float = 60.0
     limit_seconds: float = 3600.0
+    alone: bool = False
+    threads: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,8 +134,13 @@ def notebooks_folder() -> Path:
 
 
 def study_stages(chosen: Profile, *, seed: int, data: Path | str, runs: Path | str,
-                 notebooks: Path | str | None = None) -> list[Stage]:
-    """Return the stages of the whole study in order: data, cold start, every notebook."""
+                 notebooks: Path | str | None = None, jobs: int = 1) -> list[Stage]:
+    """Return the stages of the whole study in order: data, cold start, every notebook.
+
+    The cores (or OMP_NUM_THREADS of them) are shared by `jobs` stages that run at a time.
+    """
+    cores = int(os.environ.get("OMP_NUM_THREADS") or available_cpus())
+    shared = max(1, cores // jobs)
     folder = Path(notebooks) if notebooks is not None else notebooks_folder()
     data = Path(data).resolve() if str(data) else ""
     parameters = {"PROFILE": chosen.name, "SEED": seed, "DATA": str(data),
@@ -145,7 +157,8 @@ def study_stages(chosen: Profile, *, seed: int, data: Path | str, runs: Path | s
         name=name, call=f"ueba_helpers.study.stages:{function}", needs=needs,
         parameters={key.lower(): value for key, value in parameters.items()},
         locations=("data", "runs"), inputs={"settings": settings, "data": found, **inputs},
-        expected_seconds=chosen.expected_seconds(name), limit_seconds=chosen.limit_seconds(name))
+        expected_seconds=chosen.expected_seconds(name), limit_seconds=chosen.limit_seconds(name),
+        alone=True, threads=cores)
         for name, (function, needs, inputs) in before.items()]
     for name, needs in NOTEBOOKS.items():
         stages.append(Stage(
@@ -153,7 +166,8 @@ def study_stages(chosen: Profile, *, seed: int, data: Path | str, runs: Path | s
             locations=("DATA", "RUNS"), needs=(DATA_STAGE, *needs),
             inputs={"settings": settings, "data": found, "code": code, "versions": versions},
             expected_seconds=chosen.expected_seconds(name),
-            limit_seconds=chosen.limit_seconds(name)))
+            limit_seconds=chosen.limit_seconds(name), alone=name in _LAST,
+            threads=cores if name in _LAST else shared))
     return stages
 
 
@@ -380,7 +394,9 @@ class _Schedule:
                 while len(self.outcomes) < len(self.selected):
                     waiting = [stage for stage in self._open() if not self._settled(stage)]
                     waiting.sort(key=lambda stage: -self.way[stage.name])
-                    for stage in waiting[:self.jobs - len(self.running)]:
+                    for stage in waiting:
+                        if not _may_start(stage, self.running.values(), self.jobs):
+                            break
                         self.running[pool.submit(self._run, stage)] = stage
                     for future in wait(self.running, return_when=FIRST_COMPLETED).done:
                         self._keep(self.running.pop(future), future.result())
@@ -415,7 +431,10 @@ class _Schedule:
         return True
 
     def _run(self, stage: Stage) -> Outcome:
-        return _run_one(stage, self.study, environment=self.environment,
+        environment = stage_environment() if self.environment is None else self.environment
+        if stage.threads:
+            environment = {**environment, **_thread_counts(stage.threads)}
+        return _run_one(stage, self.study, environment=environment,
                         label=self.labels[stage.name], interrupted=self.interrupted,
                         tell=self.tell, tick=functools.partial(self._tick, stage.name))
 
@@ -438,16 +457,26 @@ def planned_seconds(stages: Sequence[Stage], seconds: Mapping[str, float], jobs:
     (5.0, 3.0)
     """
     way = _seconds_to_the_end(stages, seconds)
+    by_name = {stage.name: stage for stage in stages}
     now, running, ended = 0.0, {}, set()
     while len(ended) < len(stages):
         waiting = [stage.name for stage in stages if stage.name not in running.keys() | ended
                    and ended.issuperset(stage.needs)]
-        for name in sorted(waiting, key=lambda name: -way[name])[:jobs - len(running)]:
+        for name in sorted(waiting, key=lambda name: -way[name]):
+            if not _may_start(by_name[name], [by_name[other] for other in running], jobs):
+                break
             running[name] = now + seconds[name]
         first = min(running, key=running.get)
         now = running.pop(first)
         ended.add(first)
     return float(now)
+
+
+def _may_start(stage: Stage, running: Collection[Stage], jobs: int) -> bool:
+    """Return whether a stage may run beside those that are running."""
+    if not running:
+        return True
+    return len(running) < jobs and not (stage.alone or any(other.alone for other in running))
 
 
 def _seconds_to_the_end(stages: Sequence[Stage], seconds: Mapping[str, float]
@@ -509,17 +538,19 @@ def default_jobs(chosen: Profile) -> int:
     return 1 if chosen.needs_gpu else min(2, available_cpus())
 
 
-def stage_environment(*, offline: bool = True, threads: int | None = None, jobs: int = 1
-                      ) -> dict[str, str]:
+def _thread_counts(count: int) -> dict[str, str]:
+    return {f"{library}_NUM_THREADS": str(count) for library in ("OMP", "MKL", "OPENBLAS")}
+
+
+def stage_environment(*, offline: bool = True, threads: int | None = None) -> dict[str, str]:
     """Return the environment of a stage's process: offline, quiet, with a fixed thread count.
 
-    `threads` defaults to OMP_NUM_THREADS, else to the cores this process may use, shared by as
-    many stages as run at a time (`jobs`).
+    `threads` defaults to OMP_NUM_THREADS, else to the cores this process may use.
     """
-    count = str(threads or os.environ.get("OMP_NUM_THREADS") or max(1, available_cpus() // jobs))
+    count = int(threads or os.environ.get("OMP_NUM_THREADS") or available_cpus())
     environment = {key: value for key, value in os.environ.items() if key != "MPLBACKEND"}
     environment |= {
-        "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "OPENBLAS_NUM_THREADS": count,
+        **_thread_counts(count),
         "TOKENIZERS_PARALLELISM": "false", "JUPYTER_PREFER_ENV_PATH": "1", "PYTHONHASHSEED": "0",
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1",
@@ -551,7 +582,7 @@ def _run_one(stage, study, *, environment, label, interrupted, tell, tick) -> Ou
         write_json(scratch / "job.json", job)
         ended = _watch_process(
             scratch / "job.json", log=log, limit=stage.limit_seconds, interrupted=interrupted,
-            environment=stage_environment() if environment is None else environment,
+            environment=environment,
             tick=lambda elapsed: tick(f"{label}  {clock(elapsed)} of about {clock(about)}"))
         status = _read_status(scratch / "status.json")
         message = _why_not_done(stage, ended, status, partial)
