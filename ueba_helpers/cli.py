@@ -179,7 +179,9 @@ def _study(options: argparse.Namespace) -> int:
     chosen = _checked_profile(options)
     if not options.dry_run:
         check_device(chosen)
-    jobs = options.jobs or pipeline.default_jobs(chosen)
+    jobs = pipeline.default_jobs(chosen) if options.jobs is None else options.jobs
+    if jobs < 1:
+        raise UserError(f"--jobs {jobs}: give a whole number of 1 and more.")
     stages = pipeline.study_stages(chosen, seed=options.seed, data=options.data,
                                    runs=options.runs, jobs=jobs)
     study = runs.study_folder(chosen, seed=options.seed, data=options.data, runs=options.runs)
