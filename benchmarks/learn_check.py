@@ -21,7 +21,8 @@ import pandas as pd
 from sklearn.metrics import f1_score
 
 from ueba_helpers.data.files import write_json
-from ueba_helpers.study.config import profile
+from ueba_helpers.errors import UserError
+from ueba_helpers.study.config import check_device, profile
 from ueba_helpers.study.evaluation import seed_interval
 from ueba_helpers.study.runs import code_fingerprint, content_hash, provenance
 from ueba_helpers.study.stages import Study, open_study
@@ -52,6 +53,14 @@ def judged(study: Study, method: str) -> dict:
 
 
 def main() -> int:
+    try:
+        return _check()
+    except UserError as error:
+        sys.stderr.write(f"learn_check: {error}\n")
+        return 2
+
+
+def _check() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--profile", default="laptop")
     parser.add_argument("--seeds", type=int, nargs="+", default=[8, 9, 10])
@@ -60,6 +69,8 @@ def main() -> int:
     args = parser.parse_args()
     if len(set(args.seeds)) < 2:
         parser.error("an interval over seeds needs at least two different ones")
+    chosen = profile(args.profile)
+    check_device(chosen)
     per_seed = {}
     for seed in args.seeds:
         study = open_study(args.profile, seed, "", args.runs)
@@ -69,7 +80,6 @@ def main() -> int:
                                       "seconds": study.costs(method)["wall_seconds_training"]}
             print(seed, method, {k: round(v, 3) for k, v in per_seed[seed][method].items()},
                   flush=True)
-    chosen = profile(args.profile)
     made_by = {"settings": content_hash(chosen.as_dict(), 16),
                "code": code_fingerprint("data", "task", "rl"), "commit": provenance()["commit"]}
     result = {"profile": args.profile, "made_by": made_by, "seeds": args.seeds, "runs": per_seed,

@@ -90,6 +90,7 @@ def test_a_dry_run_writes_nothing(toy_study, capsys):
 @pytest.mark.parametrize(("arguments", "message"), [
     (["study", "--profile", "huge"], "Unknown profile 'huge'. Legal profiles: smoke"),
     (["study", "--jobs", "0"], "--jobs 0: give a whole number of 1 and more"),
+    (["study", "--runs", "/proc/none/of/this"], "Choose another --runs"),
     (["study", "--seed", "-1"], "--seed -1 is not possible"),
     (["study", "--data", "/no/such/r4.2"], "the path /no/such/r4.2 does not exist"),
     (["study", "--only", "99_dessert"], "Unknown notebook '99_dessert'"),

@@ -132,7 +132,14 @@ def _study_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", default="", metavar="DIR",
                         help="folder of the CERT r4.2 CSV files, or a store that `ueba ingest` "
                              "made of it (default: simulate one)")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR")
+    parser.add_argument("--runs", type=_folder, default=Path("runs"), metavar="DIR",
+                        help="where studies are kept (default: runs)")
+
+
+def _folder(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("give the name of a folder")
+    return Path(text)
 
 
 def _three_counts(text: str) -> tuple[int, ...]:
@@ -200,7 +207,8 @@ def _study(options: argparse.Namespace) -> int:
         total = pipeline.planned_seconds(
             stages, {stage.name: 0.0 for stage in stages}
             | {outcome.name: outcome.seconds for outcome in outcomes}, jobs)
-        progress.tell(f"about {pipeline.clock(total)} in all; nothing was run")
+        progress.tell(f"about {pipeline.clock(total)} in all, {jobs} at a time where they do not "
+                      "need each other; nothing was run")
         return 0
     refused = next((outcome for outcome in outcomes if outcome.user_error), None)
     if refused is not None:

@@ -349,7 +349,11 @@ def run_stages(stages: Sequence[Stage], *, study: Path | str, only: Sequence[str
     if dry_run:
         return _Schedule(selected, asked, study=study, force=force, keep_going=keep_going,
                          dry_run=True, environment=None, jobs=1, tell=tell, tick=tick).run()
-    study.mkdir(parents=True, exist_ok=True)
+    try:
+        study.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{study} cannot be made ({error.strerror}). Choose another --runs."
+                        ) from None
     with _lock(study):
         outcomes = _Schedule(selected, asked, study=study, force=force, keep_going=keep_going,
                              dry_run=False, environment=environment, jobs=jobs, tell=tell,
