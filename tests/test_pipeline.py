@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -148,6 +149,26 @@ def test_a_failure_lets_its_neighbour_end_and_starts_nothing_more(study, environ
     assert statuses(done) == {"a": "failed", "b": "done", "c": "not run"}
     on = run_stages(stages, study=study, environment=environment, jobs=2, keep_going=True)
     assert statuses(on) == {"a": "failed", "b": "unchanged", "c": "done"}
+
+
+def test_kernels_side_by_side_do_not_share_their_sockets(tmp_path, study):
+    """Two notebooks that wait for each other: each kernel must answer its own client."""
+    meet = """
+    import time
+    from pathlib import Path
+    Path({own!r}).write_text("here")
+    for _ in range(600):
+        if Path({other!r}).exists():
+            break
+        time.sleep(0.1)
+    else:
+        raise TimeoutError
+    """
+    marks = [str(tmp_path / f"mark-{n}") for n in (0, 1)]
+    stages = [write_notebook(tmp_path / f"0{n}_toy.ipynb", textwrap.dedent(meet).format(
+        own=marks[n], other=marks[1 - n])) for n in (0, 1)]
+    done = run_stages([replace(stage, limit_seconds=150) for stage in stages], study=study, jobs=2)
+    assert statuses(done) == {"00_toy": "done", "01_toy": "done"}
 
 
 def test_nothing_runs_beside_a_stage_that_is_alone(study, environment):

@@ -781,7 +781,11 @@ def _execute_notebook(job: Mapping) -> list[str]:
         def _transport_default(self):
             return "ipc"
 
-    short = len(job["scratch"]) + len("/kernel-") + 36 + len("-ipc-5") <= _SOCKET_PATH_LIMIT
+        def _ip_default(self):
+            return sockets  # the library's own would be the same file for kernels side by side
+
+    sockets = str(Path(job["scratch"]) / "kernel")
+    short = len(f"{sockets}-5") <= _SOCKET_PATH_LIMIT
     papermill.execute_notebook(
         job["notebook"], job["partial"], parameters=job["parameters"], kernel_name="python3",
         language="python", progress_bar=False, cwd=str(Path(job["notebook"]).parent),
