@@ -27,11 +27,6 @@ class PromptGroups:
     mask: Tensor
     index: Tensor
 
-    @property
-    def shared(self) -> bool:
-        """Whether any prompt serves more than one row."""
-        return self.ids.size(0) < self.index.numel()
-
 
 def group_prompts(prompt_ids: Tensor, prompt_mask: Tensor) -> PromptGroups:
     """Fold equal neighbouring rows of left-padded prompts into one, trimming common padding.

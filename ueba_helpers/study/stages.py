@@ -26,6 +26,7 @@ from ueba_helpers.errors import UserError
 from ueba_helpers.study import evaluation, pseudonyms
 from ueba_helpers.study.config import Profile, check_device
 from ueba_helpers.study.config import profile as profile_named
+from ueba_helpers.study.probes import user_by_user
 from ueba_helpers.study.runs import (
     ResourceMonitor,
     RunFolder,
@@ -337,8 +338,8 @@ class Study:
     def short_run(self, method: str, **changes) -> RunFolder:
         """Return the complete run of PPO or GRPO with changed settings, such as a broken reward.
 
-        For exhibits: it begins from the cold start, is watched more closely and judged
-        on a slice of the dev sample only.
+        For exhibits: it begins from the cold start, is watched more closely and judged on a slice
+        of the dev sample only.
         """
         return self._completed(method, replace_seed(
             replace(getattr(self.profile, method), **changes), self.seed), exhibit=True)
@@ -397,12 +398,10 @@ class Study:
         """A slice of the dev sample's headline windows, the same for every method."""
         sample = self.sample("dev")
         wanted = sample.loc[sample["headline"], "window_id"]
-        table = self.windows[self.windows["window_id"].isin(wanted)]
-        # Account by account in turn: the first rows alone would be a handful of insiders'.
-        turn = table.groupby(["risk", "user"]).cumcount()
-        table = table.assign(turn=turn).sort_values(["turn", "window_id"])
-        few = table.groupby("risk").head(per_class).drop(columns="turn")
-        return self.rows(few.reset_index(drop=True))
+        table = self.windows[self.windows["window_id"].isin(wanted)].sort_values("window_id")
+        # The first rows alone would be a handful of insiders'.
+        few = [user_by_user(days, per_class) for _, days in table.groupby("risk")]
+        return self.rows(pd.concat(few, ignore_index=True))
 
     def policy(self, method: str):
         """Return a trained policy and its tokenizer ("base" is the untrained one)."""
