@@ -274,7 +274,7 @@ def test_a_study_of_data_without_answers_stops_before_it_reads_the_logs(release,
         given = tmp_path / "store"
     monkeypatch.setattr(stages.cert, "ingest", None)
     with pytest.raises(UserError, match=r"answers/insiders\.csv is missing"):
-        stages.prepare_data("smoke", 0, str(given), str(tmp_path / "runs"))
+        stages.prepare_data(profile("smoke"), 0, str(given), str(tmp_path / "runs"))
     assert not (tmp_path / "runs").exists()
 
 
@@ -293,9 +293,9 @@ def test_a_study_takes_a_store_as_it_is_and_gets_the_windows_of_its_release(smal
     release, store = small_store
     audit = pd.DataFrame([{"check": "any", "outcome": "passed", "detail": ""}])
     monkeypatch.setattr(stages, "_audit", lambda *_: audit)  # slow, and not asked about here
-    home = stages.prepare_data("smoke", 0, str(release), str(tmp_path / "runs"))
+    home = stages.prepare_data(profile("smoke"), 0, str(release), str(tmp_path / "runs"))
     monkeypatch.setattr(stages.cert, "ingest", None)
-    taken = stages.prepare_data("smoke", 0, str(store), str(tmp_path / "runs"))
+    taken = stages.prepare_data(profile("smoke"), 0, str(store), str(tmp_path / "runs"))
     assert taken != home and (taken / "store").resolve() == store.resolve()
     for name in ("splits.parquet", "judged.parquet", "items.parquet", "training.parquet"):
         pd.testing.assert_frame_equal(pd.read_parquet(taken / name), pd.read_parquet(home / name))

@@ -39,6 +39,65 @@ def test_an_unknown_profile_is_refused_with_the_legal_names():
         profile("huge")
 
 
+def _written(folder, text, name="mine.toml"):
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_a_file_changes_what_it_names_and_nothing_else(tmp_path):
+    name = _written(tmp_path, 'extends = "smoke"\nmax_items = 6\n[simulate]\ninsiders = [3, 3, 1]\n'
+                              '[policy]\nlora_rank = 8\n[rl]\nrewards = "traditional"\n'
+                              'learning_rate = 1e-3\n[ppo]\nlam = 0.9\n')
+    chosen, base = profile(name), profile("smoke")
+    assert (chosen.name, chosen.max_items, chosen.simulate.insiders) == ("mine", 6, (3, 3, 1))
+    assert chosen.policy == dataclasses.replace(base.policy, lora_rank=8)
+    both = {"rewards": "traditional", "learning_rate": 1e-3}
+    assert chosen.grpo == dataclasses.replace(base.grpo, **both)
+    assert chosen.ppo == dataclasses.replace(base.ppo, **both, lam=0.9)
+    assert (chosen.sft, chosen.windows, chosen.minutes) == (base.sft, base.windows, base.minutes)
+
+
+def test_where_a_profile_was_read_changes_no_hash_and_reaches_the_notebooks(tmp_path):
+    from ueba_helpers.study.pipeline import study_stages
+
+    (tmp_path / "elsewhere").mkdir()
+    here, there = (profile(_written(folder, 'extends = "smoke"\n'))
+                   for folder in (tmp_path, tmp_path / "elsewhere"))
+    assert here.file != there.file and here == there and here.as_dict() == there.as_dict()
+    for stage in study_stages(here, seed=0, data="", runs=tmp_path):
+        given = {key.upper(): value for key, value in stage.parameters.items()}
+        assert profile(given["PROFILE"]) == here
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("[rl]\nsteps = 4\n", "extends is None"),
+    ('extends = "huge"\n', "extends is 'huge'"),
+    ('extends = "smoke"\nsteps = 4\n', "steps is not a setting"),
+    ('extends = "smoke"\nname = "x"\n', "name is not a setting"),
+    ('extends = "smoke"\n[grpo]\nlamda = 1\n', r"grpo\.lamda is not a setting"),
+    ('extends = "smoke"\n[rl]\nlam = 1\n', r"rl\.lam is not a setting"),
+    ('extends = "smoke"\nrl = 3\n', "rl, ppo and grpo are sections"),
+    ('extends = "smoke"\npolicy = 3\n', "policy is a section"),
+    ('extends = "smoke"\n[rl]\nsteps = "many"\n', r"ppo\.steps is 'many'.*a whole number"),
+    ('extends = "smoke"\n[rl]\nsteps = true\n', r"ppo\.steps is True.*a whole number"),
+    ('extends = "smoke"\n[simulate]\ninsiders = 3\n', r"simulate\.insiders is 3.*a list"),
+    ('extends = "smoke"\n[rl]\nsteps = 1\n', r"ppo\.critic_warmup_steps=1 is not possible"),
+    ('extends = "smoke"\n[ppo]\nsteps = 9\n', "steps is a controlled variable"),
+    ('extends = "smoke"\n[rl\n', r"cannot be read as TOML.*line 2"),
+])
+def test_a_profile_file_that_cannot_be_is_refused_by_file_and_field(tmp_path, text, said):
+    with pytest.raises(UserError, match=rf"mine\.toml: .*{said}"):
+        profile(_written(tmp_path, text))
+
+
+def test_a_profile_file_takes_no_name_of_ours_and_has_to_exist(tmp_path):
+    with pytest.raises(UserError, match="Rename the file"):
+        profile(_written(tmp_path, 'extends = "smoke"\n', "laptop.toml"))
+    with pytest.raises(UserError, match=r"none\.toml: there is no such profile file"):
+        profile(str(tmp_path / "none.toml"))
+
+
 @pytest.mark.parametrize(("settings", "values", "field"), [
     (SimulateSettings, {"users": 10}, "users"),
     (SimulateSettings, {"users": 30, "insiders": (5, 5, 1)}, "users"),

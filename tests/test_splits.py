@@ -19,6 +19,7 @@ from ueba_helpers.data.windows import (
 )
 from ueba_helpers.errors import UserError
 from ueba_helpers.study import stages
+from ueba_helpers.study.config import profile
 from ueba_helpers.task import baselines
 
 NUMBERS = (*BEHAVIOUR_FEATURES, *PAST_FEATURES, *WEEK_FEATURES, *RULE_FEATURES)
@@ -639,7 +640,7 @@ def test_prepared_data_say_which_audits_failed_or_could_not_be_judged(
                              splits._cannot_tell("roles", "fewer than 5 insiders")])
 
     monkeypatch.setattr(splits, "audit", planted)
-    home = stages.prepare_data("smoke", 0, "", str(tmp_path))
+    home = stages.prepare_data(profile("smoke"), 0, "", str(tmp_path))
     said = ["audit failed: names (ROC-AUC)", "audit not judged: roles (fewer than 5 insiders)"]
     known = json.loads((home / "samples.json").read_text())
     assert known["warnings"] == said

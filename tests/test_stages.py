@@ -10,6 +10,7 @@ from ueba_helpers.data.files import write_json
 from ueba_helpers.errors import UserError
 from ueba_helpers.rl.settings import SFTSettings
 from ueba_helpers.study import stages
+from ueba_helpers.study.config import profile
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +74,11 @@ def test_the_tokenizer_is_fitted_on_cold_start_accounts_only(study, monkeypatch)
 def test_prepared_data_are_returned_and_changed_settings_prepare_anew(study):
     marker = study.home / "samples.json"
     before = marker.stat().st_mtime_ns
-    stages.prepare_data("smoke", 0, "", study.runs)
+    stages.prepare_data(profile("smoke"), 0, "", study.runs)
     assert marker.stat().st_mtime_ns == before
     known = stages._read(marker)
     write_json(marker, {**known, "settings": {}})
-    stages.prepare_data("smoke", 0, "", study.runs)
+    stages.prepare_data(profile("smoke"), 0, "", study.runs)
     assert stages._read(marker)["settings"] == known["settings"]
 
 

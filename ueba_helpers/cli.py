@@ -127,8 +127,10 @@ def _command(commands, name: str, function, about: str) -> argparse.ArgumentPars
 
 
 def _study_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--profile", default="laptop", help="one of " + ", ".join(PROFILES))
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--profile", default="laptop", metavar="NAME",
+                        help=f"one of {', '.join(PROFILES)}, or a .toml file that extends one "
+                             "(default: laptop)")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--data", default="", metavar="DIR",
                         help="folder of the CERT r4.2 CSV files, or a store that `ueba ingest` "
                              "made of it (default: simulate one)")

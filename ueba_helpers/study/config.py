@@ -1,15 +1,18 @@
 """The experimental design as one table of profiles.
 
-In: a profile's name. Out: a frozen `Profile` that composes every setting of the study, from the
-size of the simulated organisation to the two trainers. Refuses unknown names, impossible values,
-and PPO and GRPO settings whose controlled variables differ. Free of torch; `check_device` alone
-imports it, and only for profiles that need a GPU.
+In: a profile's name, or the path of a TOML file that changes one. Out: a frozen `Profile` that
+composes every setting of the study, from the size of the simulated organisation to the two
+trainers. Refuses unknown names, impossible values, and PPO and GRPO settings whose controlled
+variables differ. Free of torch; `check_device` alone imports it, and only for profiles that need a
+GPU.
 """
 
 import importlib
 import importlib.util
+import re
+import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 
 from ueba_helpers.errors import UserError, require
@@ -120,6 +123,7 @@ class Profile:
     memory_limit: str = "1GB"
     minutes: Mapping[str, float] = field(hash=False)
     least_limit_minutes: float = 10.0
+    file: str = field(default="", compare=False)  # where it was read, empty if it is one of ours
 
     def __post_init__(self):
         require(self.max_items >= 1, "max_items", self.max_items, "1 and more")
@@ -149,8 +153,10 @@ class Profile:
         return max(4 * self.expected_seconds(stage), 60.0 * self.least_limit_minutes)
 
     def as_dict(self) -> dict:
-        """Return the settings as plain values, ready for JSON."""
-        return asdict(self)
+        """Return the settings as plain values, ready for JSON; where they were read is none."""
+        values = asdict(self)
+        del values["file"]
+        return values
 
 
 def _rl(**controlled) -> dict:
@@ -241,14 +247,114 @@ PROFILES: Mapping[str, Profile] = {entry.name: entry for entry in _PROFILES}
 
 
 def profile(name: str) -> Profile:
-    """Return the profile of that name; `UserError` lists the legal names.
+    """Return the profile of that name, or that of a TOML file, if the name ends in .toml.
+
+    Such a file names the profile it starts from and the settings it changes. A section is a
+    settings class; `rl` stands for what PPO and GRPO have in common:
+
+        extends = "laptop"
+        max_items = 6
+        [policy]
+        lora_rank = 8
+        [rl]
+        rewards = "traditional"
+        [ppo]
+        lam = 0.95
+
+    Raises `UserError` for an unknown name and for a file that cannot be read, with the field.
 
     >>> profile("laptop").grpo.num_generations
     8
     """
+    if name.endswith(".toml"):
+        return _read_profile(Path(name).expanduser())
     if name not in PROFILES:
-        raise UserError(f"Unknown profile {name!r}. Legal profiles: {', '.join(PROFILES)}.")
+        raise UserError(f"Unknown profile {name!r}. Legal profiles: {', '.join(PROFILES)}, or the "
+                        "path of a .toml file that extends one.")
     return PROFILES[name]
+
+
+_OF_THE_FILE = ("name", "about", "file", "minutes")  # of a profile, and not for a file to change
+
+
+def _read_profile(path: Path) -> Profile:
+    try:
+        asked = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such profile file.") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as TOML: {error}.") from None
+    if not re.fullmatch(r"[a-z][a-z0-9_-]*", path.stem) or path.stem in PROFILES:
+        raise UserError(f"{path}: the file gives the profile its name, which has to be lower-case "
+                        f"letters, digits, - and _, and none of {', '.join(PROFILES)}. "
+                        "Rename the file.")
+    base = asked.pop("extends", None)
+    if not isinstance(base, str) or base not in PROFILES:
+        raise UserError(f"{path}: extends is {base!r}; it has to be one of "
+                        f"{', '.join(map(repr, PROFILES))}.")
+    common = asked.pop("rl", {})
+    if common:
+        for method in ("ppo", "grpo"):
+            asked[method] = _merged(path, method, common, asked.get(method, {}))
+    try:
+        changed = _changed(PROFILES[base], asked, "")
+        return replace(changed, name=path.stem, about=f"{path.name}, extends {base}",
+                       file=str(path.resolve()))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _merged(path: Path, method: str, common: object, own: object) -> dict:
+    """Return the section of one method with the common settings in it."""
+    if not isinstance(common, dict) or not isinstance(own, dict):
+        raise UserError(f"{path}: rl, ppo and grpo are sections: write [rl] on a line of its own.")
+    unknown = sorted(set(common) - set(RLSettings.controlled()))
+    if unknown:
+        raise UserError(f"{path}: rl.{unknown[0]} is not a setting that PPO and GRPO share. "
+                        f"These are: {', '.join(RLSettings.controlled())}.")
+    return {**common, **own}
+
+
+def _changed(settings, asked: dict, section: str):
+    """Return settings with the asked values, each of the type of the one it replaces."""
+    legal = [entry.name for entry in fields(settings) if section or entry.name not in _OF_THE_FILE]
+    values = {}
+    for name, value in asked.items():
+        place = f"{section}{name}"
+        if name not in legal:
+            names = ", ".join(legal) if section else f"extends, rl, {', '.join(legal)}"
+            raise UserError(f"{place} is not a setting. Legal here: {names}.")
+        present = getattr(settings, name)
+        if is_dataclass(present):
+            if not isinstance(value, dict):
+                raise UserError(f"{place} is a section: write [{place}] on a line of its own.")
+            values[name] = _changed(present, value, f"{place}.")
+        else:
+            values[name] = _of_type(present, value, place)
+    try:
+        return replace(settings, **values)
+    except UserError as error:
+        raise UserError(f"{section}{error}") from None
+
+
+def _of_type(present: object, value: object, place: str) -> object:
+    """Return a value read from TOML as the type of the one it replaces."""
+    number = type(value) in (int, float)
+    if isinstance(present, tuple):
+        if isinstance(value, list) and value and all(type(x) in (int, type(present[0]))
+                                                     for x in value):
+            return tuple(value)
+        wanted = "a list of " + ("whole " if type(present[0]) is int else "") + "numbers"
+    elif present is None or type(present) is float:
+        if number:
+            return float(value)
+        wanted = "a number"
+    elif type(value) is type(present):
+        return value
+    else:
+        wanted = {int: "a whole number", bool: "true or false", str: "a text in quotes"}[
+            type(present)]
+    raise UserError(f"{place} is {value!r}; it has to be {wanted}.")
 
 
 def check_device(chosen: Profile) -> None:

@@ -143,7 +143,7 @@ def study_stages(chosen: Profile, *, seed: int, data: Path | str, runs: Path | s
     shared = max(1, cores // jobs)
     folder = Path(notebooks) if notebooks is not None else notebooks_folder()
     data = Path(data).resolve() if str(data) else ""
-    parameters = {"PROFILE": chosen.name, "SEED": seed, "DATA": str(data),
+    parameters = {"PROFILE": chosen.file or chosen.name, "SEED": seed, "DATA": str(data),
                   "RUNS": str(Path(runs).resolve())}
     settings = content_hash(chosen.as_dict(), 16)
     found = data_hash(chosen, seed=seed, data=data)

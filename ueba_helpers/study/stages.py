@@ -46,7 +46,7 @@ POLICIES = ("sft", "sft_all", "ppo", "grpo")
 Progress = Callable[[str], None] | None
 
 
-def prepare_data(profile: str, seed: int, data: str, runs: str, *,
+def prepare_data(chosen: Profile, seed: int, data: str, runs: str, *,
                  progress: Progress = None) -> Path:
     """Simulate a release unless one is given, read it, build windows, splits and samples.
 
@@ -57,7 +57,6 @@ def prepare_data(profile: str, seed: int, data: str, runs: str, *,
     windows, and leakage audits that failed or had too little to judge. They go to standard error
     too, each on a line.
     """
-    chosen = profile_named(profile)
     say = progress or (lambda message: None)
     home = study_folder(chosen, seed=seed, data=data, runs=runs) / "data"
     settings = {"windows": asdict(chosen.windows), "evaluation": asdict(chosen.evaluation),
@@ -206,7 +205,7 @@ class Study:
     @functools.cached_property
     def home(self) -> Path:
         """The folder of the prepared data."""
-        return prepare_data(self.profile.name, self.seed, self.data, self.runs)
+        return prepare_data(self.profile, self.seed, self.data, self.runs)
 
     @functools.cached_property
     def _prepared(self) -> str:
