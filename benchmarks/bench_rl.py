@@ -58,9 +58,23 @@ def options() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true",
                         help="one step of the tiny model at 200 tokens, to see that all works")
     args = parser.parse_args()
+    from rl_workload import SHAPES  # brings torch, which --help does not need
+
     if args.quick:
         args.models, args.prompts, args.groups = args.models or ["tiny"], [200], args.groups[:1]
         args.steps = args.rounds = 1
+    unknown = sorted(set(args.models or ()) - set(SHAPES))
+    if unknown:
+        parser.error(f"--models {unknown[0]}: there are {', '.join(SHAPES)}")
+    subjects = (*OURS, STOCK_GRPO, TRL_112)
+    unknown = sorted(set(args.subjects or ()) - set(subjects))
+    if unknown:
+        parser.error(f"--subjects {unknown[0]}: there are {'; '.join(subjects)}")
+    python = args.trl112_python
+    if python and not (python.is_file() and os.access(python, os.X_OK)):
+        parser.error(f"--trl112-python {python}: no program; name bin/python of that environment")
+    if not python and TRL_112 in (args.subjects or ()):
+        parser.error(f"--subjects {TRL_112}: needs --trl112-python")
     for group in args.groups:
         if args.micro_batch % group and group % args.micro_batch:
             parser.error(f"--micro-batch {args.micro_batch} and a group of {group} do not divide")

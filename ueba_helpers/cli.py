@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
                                "beside it go first")
     simulate.add_argument("--users", type=int, help="default: 400")
     simulate.add_argument("--days", type=int, help="default: 150")
-    simulate.add_argument("--seed", type=int, default=0)
+    simulate.add_argument("--seed", type=int, default=0, help="default: 0")
     simulate.add_argument("--insiders", type=_three_counts, metavar="A,B,C",
                           help="insiders of scenarios 1, 2, 3 (default: 6, 6 and 3 %% of users, "
                                "more than in r4.2, so that a small release has some to learn from)")
@@ -94,19 +94,21 @@ def _parser() -> argparse.ArgumentParser:
     simulate.add_argument("--label-noise", type=float, default=0.0,
                           help="share of the incident days of scenarios 1 and 2 that the answers "
                                "leave out beyond r4.2's own gaps, 0 to 0.9 (default: 0)")
-    simulate.add_argument("--web-rate", type=float, default=1.0, help="volume of http.csv")
+    simulate.add_argument("--web-rate", type=float, default=1.0,
+                          help="volume of http.csv, 1 as in r4.2 (default: 1)")
     simulate.add_argument("--content", choices=("few", "full"), default="few",
-                          help="how many words the content fields hold")
+                          help="how many words the content fields hold (default: few)")
     simulate.add_argument("--json", action="store_true", help="print the summary as JSON")
 
     ingest = _command(commands, "ingest", _ingest, "validate a CERT r4.2 folder and read it into "
                       "a Parquet event store")
     ingest.add_argument("folder", type=Path, metavar="DIR")
     ingest.add_argument("--out", type=Path, required=True, metavar="STORE")
-    ingest.add_argument("--memory-limit", default="1GB", help="for DuckDB, for instance 4GB")
-    ingest.add_argument("--threads", type=int, default=2)
+    ingest.add_argument("--memory-limit", default="1GB",
+                        help="for DuckDB, for instance 4GB (default: 1GB)")
+    ingest.add_argument("--threads", type=int, default=2, help="default: 2")
     ingest.add_argument("--max-bad", type=float, default=0.01, metavar="SHARE",
-                        help="share of bad rows in a file that stops the ingest (default 0.01)")
+                        help="share of bad rows in a file that stops the ingest (default: 0.01)")
     ingest.add_argument("--allow-empty", action="store_true", help="accept a log without rows")
     ingest.add_argument("--allow-truncated", action="store_true",
                         help="put a last row that is cut into quarantine, instead of stopping")
@@ -131,7 +133,7 @@ def _study_options(parser: argparse.ArgumentParser) -> None:
                         help=f"one of {', '.join(PROFILES)}, or a .toml file that extends one "
                              "(default: laptop)")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
-    parser.add_argument("--data", default="", metavar="DIR",
+    parser.add_argument("--data", type=_given, default="", metavar="DIR",
                         help="folder of the CERT r4.2 CSV files, or a store that `ueba ingest` "
                              "made of it (default: simulate one)")
     parser.add_argument("--runs", type=_folder, default=Path("runs"), metavar="DIR",
@@ -142,6 +144,11 @@ def _folder(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("give the name of a folder")
     return Path(text)
+
+
+def _given(text: str) -> str:
+    """Return a path with ~ for the home folder resolved, as make and some shells leave it."""
+    return str(Path(text).expanduser()) if text else ""
 
 
 def _three_counts(text: str) -> tuple[int, ...]:
@@ -309,6 +316,8 @@ def _ingest(options: argparse.Namespace) -> int:
     from ueba_helpers.data.cert import ingest
 
     progress = _Progress(sys.stderr)
+    written = options.out / "manifest.json"
+    before = written.read_bytes() if written.is_file() else None
     try:
         manifest = ingest(options.folder, options.out, memory_limit=options.memory_limit,
                           threads=options.threads, max_quarantine_share=options.max_bad,
@@ -316,6 +325,9 @@ def _ingest(options: argparse.Namespace) -> int:
                           allow_truncated=options.allow_truncated, progress=progress.tick)
     finally:
         progress.clear()
+    if before not in (None, written.read_bytes()):
+        _say(f"warning: {options.out} held the store of other files or options, now replaced",
+             stream=sys.stderr)
     if options.json:
         _say(json.dumps(manifest, indent=2, sort_keys=True, default=str))
         return 0
@@ -343,8 +355,10 @@ def _estimate(options: argparse.Namespace) -> int:
         measured = "seconds" in pipeline.read_record(study, stage.name)
         _say(f"  {stage.name:<28} {pipeline.clock(seconds[stage.name]):>8}  "
              f"{'as last time' if measured else 'planned'}")
-    total = pipeline.planned_seconds(stages, seconds, pipeline.default_jobs(chosen))
-    _say(f"  {'all':<28} {pipeline.clock(total):>8}")
+    jobs = pipeline.default_jobs(chosen)
+    total = pipeline.planned_seconds(stages, seconds, jobs)
+    _say(f"  {'all':<28} {pipeline.clock(total):>8}  "
+         + (f"{jobs} at a time where they do not need each other" if jobs > 1 else "").rstrip())
     parameters = policy_parameters(chosen.policy)
     if parameters is None:
         _say(f"policy {chosen.policy.name}: size unknown before it is loaded")
