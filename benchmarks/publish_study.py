@@ -56,7 +56,9 @@ def _publish(study: Path, results: Path, readme: Path) -> None:
         raise UserError(f"{readme} lacks the lines {BEGIN} and {END}, between which the answer "
                         "stands: put them back.")
     target = results / study.name
-    target.mkdir(parents=True, exist_ok=True)
+    if target.exists():  # of an earlier run of this study: nothing of it is to be taken for this
+        shutil.rmtree(target)
+    target.mkdir(parents=True)
     for run in runs:
         publish(run, target)
     for name in ("comparison.csv", "comparison.json", "verdict.json"):

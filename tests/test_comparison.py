@@ -186,6 +186,17 @@ def test_several_seeds_speak_for_seeds_whatever_one_seed_said():
     assert found["seeds"]["1"] == {"ppo": 0.5, "grpo": 0.55, "sft": 0.2}
 
 
+def test_the_interval_that_rules_on_equivalence_stands_in_the_sentence():
+    found = ruled((0.60, 0.601), (0.61, 0.612), (0.62, 0.62))
+    gaps = np.array([-0.001, -0.002, 0.0])
+    half = 2.919985580353726 * gaps.std(ddof=1) / 3**0.5  # Student's t, 90 %, two degrees
+    assert found["verdict"] == "equivalent"
+    assert (found["narrow_low"], found["narrow_high"]) == pytest.approx(
+        (gaps.mean() - half, gaps.mean() + half))
+    assert "90 % interval [-0.003, +0.001], which rules on that" in found["sentence"]
+    assert "90 %" not in ruled((0.6, 0.5))["sentence"]
+
+
 def test_mostly_invalid_verdicts_decide_nothing():
     found = ruled((0.6, 0.5), valid=0.49)
     assert found["verdict"] == "inconclusive" and found["better"] is None

@@ -190,9 +190,13 @@ def verdict(pooled: pd.DataFrame, over_users: Difference, from_start: Mapping[st
         f"{'simulated' if simulated else 'real'} data: PPO {means['ppo']:.3f}, GRPO "
         f"{means['grpo']:.3f}, difference {found.value:+.3f}, {100 * found.level:g} % interval "
         f"[{found.low:+.3f}, {found.high:+.3f}] ({covers}). A difference within "
-        f"±{found.margin:g} counts as none.")
+        f"±{found.margin:g} counts as none" + (
+            f", and the {100 * (2 * found.level - 1):g} % interval [{found.narrow[0]:+.3f}, "
+            f"{found.narrow[1]:+.3f}], which rules on that, lies within it."
+            if ruling == "equivalent" else "."))
     numbers = {"ppo": means["ppo"], "grpo": means["grpo"], "sft": means["sft"],
-               **_numbers(found), "level": found.level, "margin": found.margin,
+               **_numbers(found), "narrow_low": found.narrow[0], "narrow_high": found.narrow[1],
+               "level": found.level, "margin": found.margin,
                "p_seeds": found.p_seeds, "valid": pooled["valid"].min()}
     return {"sentence": sentence, "verdict": ruling, "scope": "methods" if several else "runs",
             "metric": "macro_f1", "simulated": simulated, "incidents": int(pooled[_BESIDE].min()),

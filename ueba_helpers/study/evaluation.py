@@ -722,7 +722,8 @@ class Difference:
     `low`, `high`: the interval at `level`; `verdict`: see `difference_verdict`; `margin`: the
     largest difference that counts as none; `covers`: what was resampled ("users", "seeds" or
     "users and seeds"); `p_seeds`: the sign-flip permutation test over seeds, NaN below two;
-    `p_users`: the two-sided p of no difference that belongs to an interval over users, else NaN.
+    `p_users`: the two-sided p of no difference that belongs to an interval over users, else NaN;
+    `narrow`: the interval at level 1 - 2 alpha, which rules on equivalence.
     """
 
     metric: str
@@ -736,6 +737,7 @@ class Difference:
     seeds: int
     p_seeds: float
     p_users: float = float("nan")
+    narrow: tuple[float, float] = (float("nan"), float("nan"))
 
 
 def paired_difference(a: pd.DataFrame, b: pd.DataFrame, truth: pd.DataFrame,
@@ -779,7 +781,8 @@ def paired_difference(a: pd.DataFrame, b: pd.DataFrame, truth: pd.DataFrame,
     return Difference(metric, float(points[0].mean() - points[1].mean()), low, high,
                       difference_verdict((low, high), narrow, margin), margin, level,
                       "users and seeds" if max(map(len, points)) > 1 else "users", seeds, p,
-                      float("nan") if np.isnan(low) else _p_of_no_difference(differences, fewest))
+                      float("nan") if np.isnan(low) else _p_of_no_difference(differences, fewest),
+                      narrow)
 
 
 def _p_of_no_difference(differences: np.ndarray, users: int | None) -> float:
@@ -922,7 +925,7 @@ def compare_seeds(a: Sequence[float], b: Sequence[float], *, metric: str = "metr
     narrow = seed_interval(differences, level=2 * level - 1)[1:]
     p = sign_flip_p(differences) if len(differences) > 1 else float("nan")
     return Difference(metric, value, low, high, difference_verdict((low, high), narrow, margin),
-                      margin, level, "seeds", len(differences), p)
+                      margin, level, "seeds", len(differences), p, narrow=narrow)
 
 
 def sign_flip_p(differences: Sequence[float]) -> float:
