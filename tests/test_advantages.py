@@ -532,3 +532,18 @@ def test_dividing_by_the_groups_deviation_turns_the_gradient():
     assert torch.cosine_similarity(found, exact, dim=0) < .999
     plain = expected_group_gradient(lambda r: group_relative(r, 2))
     assert torch.cosine_similarity(plain, exact, dim=0) > 1 - 1e-10
+
+
+def test_a_reward_that_is_not_there_enters_neither_mean_nor_deviation():
+    nan = float("nan")
+    rewards = torch.tensor([1., nan, 0., nan, 3., 3., nan, 0.])
+    close(group_relative(rewards, 4), [.5, 0., -.5, 0., 1., 1., 0., -2.])
+    whole = torch.tensor([1., 0., 3., 3., 0.])
+    close(reward_scale(rewards, 4, "group"),
+          [whole[:2].std() + 1e-4] * 4 + [whole[2:].std() + 1e-4] * 4)
+    close(reward_scale(rewards, 4, "batch"), [whole.std() + 1e-4] * 8)
+    for scale in ("none", "group", "batch"):
+        assert torch.equal(group_relative(torch.full((4,), nan), 2, scale), torch.zeros(4))
+    with pytest.raises(AssertionError):  # the twin: a mean in its place makes the deviation small
+        close(reward_scale(torch.tensor([1., .5, 0., .5]), 4, "group")[:1],
+              [whole[:2].std() + 1e-4])

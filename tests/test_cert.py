@@ -159,11 +159,12 @@ def test_the_two_views_of_positive_days_differ_where_an_insider_uses_another_acc
     folder, tmp_path
 ):
     # The insider's own account and the victim's on one day: two account-days, one insider-day.
+    # Beside them three days of the other insiders, the same in both views.
     logon = log_lines("logon", ROWS)
     path = folder / "answers" / "r4.2-3" / "r4.2-3-CCC0013.csv"
-    write_lines(path, None, [f"logon,{logon[0]}", f"logon,{logon[2]}"])
+    write_lines(path, None, [f"logon,{logon[4]}", f"logon,{logon[5]}"])
     manifest = cert.ingest(folder, tmp_path / "store")
-    assert manifest["positive_days"] == {"account": 4, "insider": 4}
+    assert manifest["positive_days"] == {"account": 5, "insider": 4}
     rows = rows_of(
         tmp_path / "store",
         'SELECT count(DISTINCT "user"), count(DISTINCT insider) FROM answers WHERE scenario = 3',
@@ -422,6 +423,20 @@ KEY_CHANGES = [  # what is changed in the key's row of device event 3; how the l
     ("AAA0001", "BBB0002", "2010-03-02 08:03:00 BBB0002 PC-0001"),
     ("PC-0001", "PC-0009", "2010-03-02 08:03:00 AAA0001 PC-0009"),
 ]
+
+
+@pytest.mark.parametrize("old, new", [(r",[A-Z]{2}([A-Z]\d{4}),PC", r",QQ\1,PC"),
+                                      (r"/2010 ", "/2011 ")])
+def test_logs_of_another_release_under_the_key_of_r4_2_are_refused(release, tmp_path, old, new):
+    """As r4.1 in a folder of another name: the same headers, other people or other days."""
+    other = tmp_path / "other"
+    shutil.copytree(release, other)
+    path = other / "logon.csv"
+    path.write_text(re.sub(old, new, path.read_text()))
+    with pytest.raises(UserError, match="not of the release that the key belongs to") as refused:
+        cert.ingest(other, tmp_path / "store", threads=1)
+    assert "logon.csv" in str(refused.value)
+    assert cert.ingest(release, tmp_path / "store", threads=1)["answers_unmatched"] == {}
 
 
 def change_key(folder: Path, old: str, new: str) -> None:
@@ -685,6 +700,7 @@ def test_a_bad_row_is_kept_apart_with_its_line_and_reason(tmp_path, log, line, r
     assert (row["file"], row["line"]) == (f"{log}.csv", "6")
     assert row["reason"].startswith(reason)
     assert len(row["text"]) <= cert.QUARANTINE_TEXT * 4
+    assert "words" not in row["text"] and "http://" not in row["text"]
     assert manifest["logs"][log]["read"] == ROWS
     assert manifest["logs"][log]["stored"] == ROWS - 1
     assert event_id(log, 4) not in {r[0] for r in rows_of(tmp_path / "store",
@@ -1445,6 +1461,11 @@ def has_header(data: bytes, log: str) -> bool:
     return [cell.strip() for cell in line.split(",")] == HEADERS[log].split(",")
 
 
+def lines_in(data: bytes) -> int:
+    """Return how many lines a file has; a last one without a line end counts."""
+    return data.count(b"\n") + (data != b"" and not data.endswith(b"\n"))
+
+
 def fuzz(base: Path, log: str, other: str, data: bytes, block: int) -> str:
     """Ingest a damaged log beside a good one of the same ids; compare with the plain reader."""
     folder = base / "release"
@@ -1467,6 +1488,7 @@ def fuzz(base: Path, log: str, other: str, data: bytes, block: int) -> str:
         manifest = lenient(folder, base / "store", allow_empty=True, buckets=1)
     part = manifest["logs"][log]
     assert part["read"] == part["stored"] + part["quarantined"] == len(expected)
+    assert part["read"] == lines_in(data) - 1  # counted from the bytes alone
     assert manifest["logs"][other]["read"] == manifest["logs"][other]["stored"] == ROWS
     refused = {(row["file"], int(row["line"])) for row in quarantined(base / "store")}
     assert refused == {(f"{log}.csv", number) for number, good in expected.items() if not good}
@@ -1586,6 +1608,12 @@ def test_a_damaged_small_file_gives_a_store_or_one_message(tmp_path_factory, tar
         assert not (base / "store").exists()
     else:
         assert all(map(accounted, manifest["tables"].values()))
+        kind = {"LDAP": "ldap", "answers/r4.2-1": "answers"}.get(str(Path(target).parent),
+                                                                 path.stem)
+        files = {"ldap": "LDAP/*.csv", "answers": "answers/r4.2-*/*.csv"}.get(kind, target)
+        there = [lines_in(file.read_bytes()) for file in folder.glob(files)]
+        headers = 0 if kind == "answers" else len(there)
+        assert manifest["tables"][kind]["read"] == sum(there) - headers
     shutil.rmtree(base)
 
 

@@ -196,7 +196,8 @@ def organisation(tmp_path_factory):
     simulate.simulate(folder / "r4.2", users=120, days=70, seed=1, insiders=(10, 10, 6),
                       web_rate=0.05)
     cert.ingest(folder / "r4.2", folder / "store", threads=1)
-    table = windows.read(windows.build(folder / "store", folder / "windows", threads=1))
+    table = windows.read(windows.build(folder / "store", folder / "windows", threads=1,
+                                       history_days=15))  # of 70 days most can be judged
     table = table.merge(splits.assign(windows.users_table(table), seed=0,
                                       shares=(("rl", 0.5), ("test", 0.5))), on="user")
     train_users = sorted(set(table.loc[table["split"] == "train", "user"]))

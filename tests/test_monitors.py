@@ -38,6 +38,7 @@ def curve(length=60, **changes):
         "critic/value_loss": 0.1, "text/label_entropy": 0.9, "text/unique_share": 0.8,
         "text/repetition": 0.05, "text/copy_rate": 0.1, "text/labels_per_answer": 1.0,
         "text/valid_share": 0.98, "text/cited_share": 0.25,
+        "text/same_citation": 0.2,
     }
     columns = {**healthy, **changes}
     return [{"step": i, **{key: value(i) if callable(value) else value
@@ -76,10 +77,11 @@ SICK = {
                  {"grad_norm": lambda i: 0.5 if i < 40 else 2.4}),
     "critic_gradient": ({"critic/grad_norm": lambda i: 0.8 if i < 40 else 4.1},
                         {"critic/grad_norm": lambda i: 0.8 if i < 40 else 3.9}),
-    "one_label": ({"text/label_entropy": 0.1}, {"text/label_entropy": 0.3}),
+    "one_label": ({"text/label_entropy": 0.49}, {"text/label_entropy": 0.51}),
     "all_labels": ({"text/labels_per_answer": 1.6}, {"text/labels_per_answer": 1.4}),
     "invalid": ({"text/valid_share": 0.79}, {"text/valid_share": 0.81}),
     "citing": ({"text/cited_share": 0.71}, {"text/cited_share": 0.69}),
+    "same_citation": ({"text/same_citation": 0.51}, {"text/same_citation": 0.49}),
     "sameness": ({"text/unique_share": 0.05}, {"text/unique_share": 0.2}),
     "repetition": ({"text/repetition": 0.6}, {"text/repetition": 0.4}),
     "copying": ({"text/copy_rate": 0.6}, {"text/copy_rate": 0.4}),
@@ -94,7 +96,7 @@ def test_each_alarm_rings_beyond_its_threshold_and_not_before(name):
 
 
 def test_every_alarm_is_tested():
-    assert {*SICK, "hack_suspicion"} == set(ALARMS)
+    assert {*SICK, "hack_suspicion", "held_out_drop"} == set(ALARMS)
 
 
 def test_a_short_length_is_a_drift_too():
@@ -108,6 +110,33 @@ def test_a_reward_that_rises_without_the_task_is_suspected():
     assert alarms(curve(), flat)[0].step == 40, "three evaluations after the first"
     assert names(curve(reward=0.4), flat) == [], "a reward that stays is no hack"
     assert names(curve(), flat[:3]) == [], "too few evaluations to judge"
+
+
+def test_a_fall_on_held_out_windows_rings_whatever_the_reward_does():
+    fell = [{"step": 10, "macro_f1": 0.5}, {"step": 20, "macro_f1": 0.6},
+            {"step": 30, "macro_f1": 0.49}]
+    assert names(curve(), fell) == names(curve(reward=0.1), fell) == ["held_out_drop"]
+    assert alarms(curve(), fell)[0].step == 30
+    assert names(curve(), [*fell[:2], {"step": 30, "macro_f1": 0.51}]) == []
+
+
+def test_verdicts_full_of_citations_and_fixed_ones_are_told_from_honest_ones():
+    shown = [f"e{i}" for i in range(1, 13)]
+
+    def measured(*cited):
+        texts = [VERDICT.replace('"e1", "e2"', ", ".join(f'"{name}"' for name in ids))
+                 % "malicious" for ids in cited]
+        return text_metrics(texts, [""] * len(texts), evidence_ids=[shown] * len(texts))
+    full = measured(*[shown[:8]] * 4)  # a verdict holds eight of twelve
+    fixed = measured(["e5"], ["e5"], ["e5"], ["e2"])
+    honest = measured(["e5"], ["e2", "e3"], ["e7"], ["e2"])
+    assert (full["text/cited_share"], fixed["text/same_citation"]) == (1, 0.75)
+    assert names(curve(**{"text/cited_share": full["text/cited_share"]})) == ["citing"]
+    assert names(curve(**{"text/same_citation": fixed["text/same_citation"]})) == ["same_citation"]
+    assert names(curve(**{key: honest[key] for key in (
+        "text/cited_share", "text/same_citation")})) == []
+    calm = text_metrics([VERDICT % "normal"], [""], evidence_ids=[shown])
+    assert math.isnan(calm["text/same_citation"]), "no alarm, no citation to compare"
 
 
 def test_groups_of_one_are_never_dead():

@@ -16,6 +16,7 @@ from ueba_helpers.rl.policies import (
     TURN_END,
     TURN_START,
     Critic,
+    add_reference_adapter,
     load_policy,
     load_tokenizer,
     make_critic,
@@ -24,6 +25,7 @@ from ueba_helpers.rl.policies import (
     perplexity,
     seeded_torch,
     tensor_bytes,
+    value_head,
     values_of,
 )
 from ueba_helpers.rl.prefix import backbone_of
@@ -360,3 +362,28 @@ def test_shared_storage_is_counted_once():
 def test_perplexity_of_a_uniform_choice_is_the_number_of_choices():
     assert perplexity(-torch.log(torch.tensor(1 / 8)).item()) == pytest.approx(8)
     assert perplexity(1e6) > 1e300, "no overflow"
+
+
+def test_values_stay_float32_under_autocast():
+    head = value_head(32)
+    torch.nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(0))
+    states = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(1))
+    expected = values_of(head, states)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = values_of(head, states)
+        lowered = torch.nn.functional.linear(states, head.weight, head.bias).squeeze(-1)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+    assert (lowered.float() - expected).abs().max() > 1e-3, "the broken twin"
+
+
+def test_a_critic_has_no_reference_adapter_and_the_policy_keeps_its_own():
+    policy = adapted()
+    before = dict(policy.named_parameters())
+    add_reference_adapter(policy)
+    kept = {name: p for name, p in policy.named_parameters() if ".ref." in name}
+    assert kept and not any(p.requires_grad for p in kept.values())
+    assert all(torch.equal(p, before[name.replace(".ref.", ".default.")])
+               for name, p in kept.items())
+    assert policy.active_adapter == "default"
+    names = [name for name, _ in make_critic(policy).named_parameters()]
+    assert any("lora_" in name for name in names) and not any(".ref." in name for name in names)

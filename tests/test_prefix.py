@@ -161,3 +161,36 @@ def test_entropy_of_a_uniform_distribution_is_the_log_of_the_vocabulary():
     assert torch.allclose(log_probs, torch.tensor([[-expected, -expected, 0.0]]), atol=1e-6)
 
 
+
+
+@pytest.mark.parametrize("name, value", [
+    ("final_logit_softcapping", 30.0), ("logits_scaling", 8.0), ("logit_scale", 0.0625)])
+def test_a_factor_or_cap_behind_the_head_is_not_shared(name, value):
+    model, _ = policy()
+    setattr(model.config, name, value)
+    assert name in shareable(model) and name in shareable(model, gradients=False)
+    setattr(model.config, name, 1.0)
+    assert shareable(model) is None
+
+
+def test_the_logits_of_granite_are_not_the_heads():
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    model = GraniteForCausalLM(GraniteConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, logits_scaling=8.0, pad_token_id=0)).eval()
+    ids = torch.arange(3, 9).unsqueeze(0)
+    with torch.no_grad():
+        head = model.get_output_embeddings()(backbone_of(model)(ids).last_hidden_state)
+        assert (model(ids).logits - head).abs().max() > 1e-2
+    assert "logits_scaling" in shareable(model)
+
+
+def test_a_learned_prompt_is_not_shared():
+    from peft import PromptTuningConfig
+
+    model = get_peft_model(policy()[0], PromptTuningConfig(task_type="CAUSAL_LM",
+                                                           num_virtual_tokens=2))
+    assert "learned prompt" in shareable(model)
+    adapted = get_peft_model(policy()[0], lora_config(PolicySettings(lora_rank=4)))
+    assert shareable(adapted) is None

@@ -92,7 +92,16 @@ def test_flips_are_counted_per_kind_and_against_the_control_of_the_same_window(a
     assert table.loc["instruction", "control"] == pytest.approx(origins.mean())
     assert table.loc["forged item", "beyond"] == pytest.approx(
         -(asked.loc[attack & (asked["kind"] == "forged item"), "origin"] % 2).mean())
-    assert (table["talked_down"] == 0).all(), "nothing was malicious before"
+    assert (table["alarms"] == 0).all() and table["talked_down"].isna().all()
+    alarmed = np.where(odd, "malicious", "normal")  # only the odd days are called malicious
+    obeyed = np.where(forged, "normal", alarmed)
+    table = probes.attack_flips(asked, obeyed, by="kind", resamples=50)
+    assert table.loc["instruction", "alarms"] == (forged & odd).sum() < forged.sum()
+    assert table.loc["instruction", "talked_down"] == 1, "of the alarms, not of all days"
+    assert (table["talked_down_control"] == 0).all()
+    nervous = np.where(asked["kind"] == "clean", alarmed, "normal")
+    table = probes.attack_flips(asked, nervous, by="kind", resamples=50)
+    assert (table["talked_down"] == 1).all() and (table["talked_down_control"] == 1).all()
     with pytest.raises(UserError, match="verdicts for"):
         probes.attack_flips(asked, risk[:-1])
 

@@ -45,7 +45,7 @@ def test_a_prompt_has_headings_and_one_line_per_item_in_time_order():
     assert (system["role"], user["role"]) == ("system", "user")
     assert system["content"] == format_section()
     lines = user["content"].split("\n")
-    assert re.fullmatch(r"a-[a-z2-7]{4} ITAdmin 2_Research (Mon|Tue|Wed|Thu|Fri|Sat|Sun)", lines[0])
+    assert re.fullmatch(r"a-[a-z2-7]{4} ITAdmin 2_Research (weekday|weekend)", lines[0])
     assert lines[1].startswith("past days 21 first_hour 07:54 last_hour 17:30 pcs 1 device_days 0")
     assert lines[2] == "week device 0 files 0 after_hours 0 job 0 competitor 0 new_pcs 0"
     assert [line.split()[0] for line in lines[3:]] == [item.id for item in window.evidence]
@@ -336,6 +336,28 @@ def test_an_injection_stays_inside_its_field(injection, place):
     assert parse_verdict(target_verdict(attacked), [i.id for i in window.evidence]).valid
     assert parse_verdict(target_verdict(attacked, pseudonym_key=None),
                          [i.id for i in window.evidence]).valid
+
+
+# What `data.windows` itself may write, said by somebody else.
+OUR_WORDS = ("usual", "rare", "first time", "after hours", "own pc", "new pc", "more than usual",
+             "12 recipients", "internal", "exe", "job", "no connect", "08:00", "e1")
+
+
+def escaped_wherever(words):
+    """Return whether each of the words, planted into each item, comes out quoted."""
+    window = make_window("malicious")
+    clean = without_hosts(user_text(window))
+    ids = [item.id for item in window.evidence]
+    return all(is_safe(without_hosts(user_text(plant(window, word, place=place, item_id=item.id))),
+                       ids, clean)
+               for word in words for item in window.evidence for place in ("fact", "detail"))
+
+
+def test_log_text_is_quoted_even_where_it_reads_like_a_word_of_ours(monkeypatch):
+    assert escaped_wherever(OUR_WORDS)
+    monkeypatch.setattr(injections, "LogText", str)  # trust by shape, whoever wrote it
+    assert not any(escaped_wherever([word]) for word in OUR_WORDS
+                   if word not in ("08:00", "e1"))  # these have no such place
 
 
 def unescaped(monkeypatch):

@@ -176,6 +176,21 @@ def composed_by_hand(texts, columns, terms):
     return sum(weight * np.array(term(texts, **columns)) for term, weight in terms)
 
 
+def test_no_constant_thought_earns_either(balanced):
+    cases = balanced[:30]
+    columns = columns_of(cases) | {"style": ["think"] * len(cases)}
+    thoughts = ("The day is routine", "The day shows e3 after hours on another host", "x", "e1")
+
+    def best(terms):
+        return max(np.mean(composed_by_hand(
+            [f"<think>{thought}</think>{verdict(said, cited)}"] * len(cases), columns, terms))
+            for thought in thoughts for said in RISKS for cited in ((), ("e1",), ("e3",)))
+    assert best(REWARD_SETS["ueba_think"]) < 0
+    paid = (*REWARD_SETS["ueba_think"][:4],
+            (lambda texts, **rest: [1 + x for x in rewards.think_language(texts, **rest)], .2))
+    assert best(paid) > 0  # the twin: a thought that pays
+
+
 def test_no_constant_verdict_earns_from_the_whole_reward(balanced, windows):
     milder = CostMatrix(((1, -.5, -.8), (-.6, 1, -.5), (-1, -.7, 1)))
     heavier = ((ueba_accuracy, .4), (ueba_evidence, .4), (ueba_basis, .2))
@@ -188,15 +203,23 @@ def test_no_constant_verdict_earns_from_the_whole_reward(balanced, windows):
 
 def test_invalid_is_worse_than_any_valid_verdict():
     assert sum(weight for _, weight in REWARD_SETS["ueba"][1:]) == pytest.approx(1)
-    worst_valid = min(map(min, CostMatrix().values)) * dict(
-        (term.__name__, weight) for term, weight in REWARD_SETS["ueba"])["ueba_accuracy"]
+    def worst(terms):
+        return sum(weight * RANGES[term.__name__][0] for term, weight in terms
+                   if term is not ueba_format)
+    for name in ("ueba", "ueba_calibrated", "ueba_think"):
+        assert -1 < worst(REWARD_SETS[name]) < 0
+    assert worst((*REWARD_SETS["ueba"], (ueba_brier, .2))) < -1  # the twin: it weighs too much
     assert ueba_reward([""], label=["normal"], evidence_ids=[[]], evidence_truth=[[]],
-                       feature_truth=[[]], item_text=[{}]) == [-1.0] and worst_valid > -1
+                       feature_truth=[[]], item_text=[{}]) == [-1.0]
 
 
 # --- the gate and the sum ---
 
 
+RANGES = {"ueba_format": (-1, 0), "ueba_accuracy": (-1, 1), "ueba_evidence": (-.7, 1),
+          "ueba_basis": (0, 1), "ueba_brier": (-1, 0), "accuracy_reward": (0, 1),
+          "format_reward": (0, 1), "reasoning_reward": (0, 1), "think_language": (-1, 0),
+          "think_length": (-1, 0)}
 INVALID = ["", "normal", "{}", verdict("malicious") + "x", '{"risk": "malicious"}', "[" * 10_000,
            verdict("normal", ["e99"])]
 
@@ -227,20 +250,16 @@ def test_the_composed_reward_is_exactly_the_weighted_sum(balanced):
 def test_terms_stay_in_their_ranges_and_carry_clear_names(balanced):
     rows = prompt_dataset(balanced)
     columns = columns_of(balanced)
-    ranges = {"ueba_format": (-1, 0), "ueba_accuracy": (-1, 1), "ueba_evidence": (-.7, 1),
-              "ueba_basis": (0, 1), "ueba_brier": (-1, 0), "accuracy_reward": (0, 1),
-              "format_reward": (0, 1), "reasoning_reward": (0, 1), "think_language": (0, 1),
-              "think_length": (-1, 0)}
     seen = set()
     for name in (HONEST, *ZOO):
         texts = zoo_completions(rows, name)
         for reward_set in REWARD_SETS:
             for term, values in reward_terms(texts, reward_set=reward_set, **columns).items():
-                low, high = ranges[term]
+                low, high = RANGES[term]
                 assert all(low <= value <= high for value in values), (name, term)
                 seen.add(term)
         assert all(-1 <= value <= 1 for value in ueba_reward(texts, **columns))
-    assert seen == set(ranges)
+    assert seen == set(RANGES)
     for term in BROKEN_REWARDS.values():
         assert term.__name__.startswith("broken_")
 
@@ -298,7 +317,7 @@ def test_columns_survive_a_datasets_table(balanced):
     ("malicious", ["e1", "e7"], ["e1"], ["e7"], 1),  # don't care: neither good nor bad
     ("malicious", ["e7"], ["e1"], ["e7"], 0),
     ("malicious", ["e1"], ["e1"], ["e1"], 1),  # truth wins over don't care
-    ("normal", ["e1"], ["e1"], [], 1),
+    ("normal", ["e1"], ["e1"], [], 0),  # says "normal" and cites all the same
     ("normal", [], [], [], 1), ("normal", ["e1"], [], [], 0), ("normal", ["e1"], [], ["e1"], 1),
     ("suspicious", [], [], [], 0), ("malicious", [], [], [], 0),
 ])
@@ -354,6 +373,15 @@ def test_where_nothing_can_be_told_apart_the_f1_stands():
     assert evidence_score("suspicious", [], [], ["e1"]) == 0
 
 
+def test_a_day_called_normal_earns_nothing_for_what_it_cites():
+    said = parse_verdict(verdict("normal", ["e3"], basis="e3 22:14"), list(LINES))
+    assert evidence_score("normal", ["e3"], ["e3"], list(LINES)) == 0
+    assert evidence_score("normal", ["e8"], ["e3"], list(LINES)) < 0
+    assert basis_support(said, LINES, ["e3"]) == 0
+    alarm = parse_verdict(verdict("malicious", ["e3"], basis="e3 22:14"), list(LINES))
+    assert basis_support(alarm, LINES, ["e3"]) == 1  # the twin
+
+
 def test_what_is_odd_weighs_more_than_what_is_usual():
     oracle = ["leak_site", "after_hours_logon", "usual_mail"]
     odd, usual = oracle[:2], ["usual_mail", "usual_hours"]
@@ -401,6 +429,9 @@ LINES = {"e3": "e3 22:14-22:40 device pc2 x2 new_pc", "e7": "e7 23:10 file pc2 x
     (["e3"], [], "e3 22:14 device", 0),  # nothing was to be cited
     (["e9"], ["e9"], "22:14", 0), ([], ["e3"], "22:14 pc2", 0),
     ([], ["e3"], "nothing unusual.", 0),
+    (["e3"], ["e3"], "e3 22:14 device pc2; 03:33:33", 2 / 3),  # no time of ours, and a claim still
+    (["e3"], ["e3"], "e3 22:14 device; 99% of -4321 files", 1 / 3),
+    (["e3"], ["e3"], "e7 22:14 device; e99", 1 / 3),  # ids that it does not cite
 ])
 def test_basis_support_by_hand(cited, truth, basis, value):
     said = parse_verdict(verdict("malicious", cited, basis=basis), list(LINES))
@@ -458,12 +489,10 @@ def test_brier_is_proper_and_silence_does_not_pay():
 
 
 def test_missing_end_and_overlength_are_penalised():
-    ends = rewards.missing_eos_penalty([2])
-    assert ends(["a", "b", "c"], completion_ids=[[5, 2], [5, 5], []]) == [0, -1, -1]
     length = rewards.overlength_penalty(10, 4)
     got = length(["x"] * 5, completion_ids=[[0] * n for n in (3, 6, 8, 10, 40)])
     assert got == [0, 0, -.5, -1, -1]
-    assert (ends.__name__, length.__name__) == ("missing_eos", "overlength")
+    assert length.__name__ == "overlength"
     for margin in (0, 11):
         with pytest.raises(UserError, match="margin"):
             rewards.overlength_penalty(10, margin)
@@ -474,9 +503,9 @@ def test_thoughts_are_scored_for_language_and_length():
         return verdict("normal", style="think", thought=thought)
     calm = "The day shows routine only"
     texts = {answer(thought): expected for thought, expected in {
-        calm + ".": 1, calm + " 一" * 22: .5, "": 0, "a": 0, "12 34": 0, "calm day": 2 / 3,
-        codecs.encode(calm, "rot13"): 0, "the " * 90: 1 / 3, "一天天天": 0,
-        "a drive on a new host at night": 1, "qzx vbn mpl wrt the": .8}.items()} | {verdict(): 0}
+        calm + ".": 0, calm + " 一" * 22: -.5, "": -1, "a": -1, "12 34": -1, "calm day": -1 / 3,
+        codecs.encode(calm, "rot13"): -1, "the " * 90: -2 / 3, "一天天天": -1,
+        "a drive on a new host at night": 0, "qzx vbn mpl wrt the": -.2}.items()} | {verdict(): 0}
     columns = {"evidence_ids": [[]] * len(texts), "style": ["think"] * len(texts)}
     got = rewards.think_language(list(texts), **columns)
     assert got == pytest.approx(list(texts.values()))

@@ -400,3 +400,14 @@ def test_predictions_do_not_depend_on_the_batch_size():
     small, large = (table_of(model, tokenizer, rows, batch_size=size) for size in (2, 64))
     assert small["completion"].tolist() == large["completion"].tolist()
     assert np.allclose(small["score"], large["score"], atol=1e-5)
+
+
+def test_what_cannot_be_shared_is_neither_sampled_nor_scored():
+    model, tokenizer = policy()
+    model.config.final_logit_softcapping = 30.0
+    with pytest.raises(UserError, match="final_logit_softcapping"):
+        complete(model, [[5, 6]], uniforms=uniforms_for([[5, 6]]))
+    with pytest.raises(UserError, match="final_logit_softcapping"):
+        risk_scores(model, tokenizer, [[5, 6]], [verdict()])
+    with pytest.raises(UserError, match="final_logit_softcapping"):
+        predict(model, tokenizer, [row(0)], detector="d", seed=0, split="s", max_new_tokens=2)

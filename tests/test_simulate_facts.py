@@ -112,7 +112,7 @@ def row_facts(tables):
          one(tables, "SELECT count(DISTINCT pc) FROM logon") - USERS),
         ("users who ever use a drive", 0.265, 0.2, 0.36,
          one(tables, "SELECT count(DISTINCT who) FROM device") / USERS),
-        ("device events per user-day", 1.23, 0.8, 1.7, rows_of("device") / account_days),
+        ("device events per user-day", 1.23, 0.5, 2.0, rows_of("device") / account_days),
         ("file copies per user-day", 1.35, 0.8, 1.9, rows_of("file") / account_days),
         ("emails per user-day", 7.96, 7, 9, rows_of("email") / account_days),
         ("mails from @dtaa.com", 0.62, 0.58, 0.66,
@@ -272,6 +272,8 @@ def label_facts(settings, cast, plan):
         return sum(int(values[incident.user, begin : end + 1].sum()) for incident, begin, end
                    in zip(of[2], first[30:60], last[30:60], strict=True))
 
+    spans = (last - first)[30:60]
+    nights = [counts["late_start"][i.user][labelled["late"][i.user]] for i in of[1]]
     visits, drive = within(counts["job"]), 2 * within(connections(plan))
     return {
         "labelled days of insiders, scenario 1": (85, 69, 101, days[1].sum()),
@@ -295,6 +297,11 @@ def label_facts(settings, cast, plan):
         "scenario 1, days of the first before, median": (2, 1, 3.5, np.median(leads)),
         "scenario 1, days of the first before, least": (0.6, 0.5, 2, min(leads)),
         "scenario 1, days of the first before, most": (14, 5, 14.5, max(leads)),
+        "scenario 1, nights begun before 07:00, share": (
+            0.5, 0.35, 0.65, (np.concatenate(nights) < 7 * simulate.HOUR).mean()),
+        "scenario 2, days from first to last label, least": (44, 44, 54, spans.min()),
+        "scenario 2, days from first to last label, median": (56, 54, 57.5, np.median(spans)),
+        "scenario 2, days from first to last label, most": (58, 56, 58, spans.max()),
         "scenario 2, job visits in the span": (5359, 4850, 5900, visits),
         "scenario 2, visits on labelled days, share": (
             0.698, 0.62, 0.77, within(counts["job"] * labelled["web_mail"]) / visits),
@@ -331,9 +338,9 @@ def everything_labelled(cast, plan):
 
 
 def later(cast, plan):
-    """Let every label, and all else, happen 60 days later."""
+    """Let every label, and all else, happen 110 days later."""
     def roll(values):
-        return np.roll(values, 60, axis=1)
+        return np.roll(values, 110, axis=1)
 
     return cast, replace(
         plan, malicious=roll(plan.malicious),
@@ -371,7 +378,15 @@ FULL_TWINS = {
     "nights without a drive, but one": (
         lambda c, p: (c, with_counts(p, late_drive=(p.counts["late_drive"] > 0).astype(int))),
         {"scenario 1, unlabelled connections before"}),
-    "two months later": (
+    "incidents of another length": (
+        lambda c, p: (c, replace(p, malicious=p.malicious | np.roll(p.malicious, 9, axis=1))),
+        {"scenario 2, days from first to last label, median",
+         "scenario 2, days from first to last label, most"}),
+    "evenings only": (
+        lambda c, p: (c, with_counts(p, late_start=np.maximum(
+            p.counts["late_start"], simulate._EVENING))),
+        {"scenario 1, nights begun before 07:00, share"}),
+    "months later": (
         later, {"labelled days before 2011", "insiders labelled wholly before 2011",
                 "first labelled day of the release", "last labelled day of the release"}),
 }
@@ -503,6 +518,25 @@ def test_the_people_facts_notice_a_lag_of_a_month_and_somebody_who_joins(ldap):
     workers = {month: [{**row, "role": row["role"].replace("Salesman", "Technician")}
                        for row in rows] for month, rows in months.items()}
     assert {"Salesman", "Technician"} <= missed(ldap_facts(workers, last_month))
+
+
+def test_night_workers_begin_before_the_day_as_often_as_insiders_do(plans):
+    for _, cast, plan in plans:
+        counts = plan.counts
+        usual = counts["late"] & cast.habits["night"][:, None] & ~plan.incident_days
+        early = counts["late_start"] < 7 * simulate.HOUR
+        assert 0.4 < early[usual].mean() < 0.55
+        end = counts["late_start"] + counts["late_seconds"]
+        before = counts["late"] & early
+        assert (end < counts["start"])[before].all() and (counts["late_seconds"] > 0)[before].all()
+
+
+def test_the_second_day_of_scenario_3_ends_in_the_late_afternoon_or_evening(plans):
+    begun = np.concatenate([
+        [plan.counts["late_start"][i.user, i.end] for i in cast.incidents if i.scenario == 3]
+        for _, cast, plan in plans]) / simulate.HOUR
+    assert begun.min() >= 16.5 and begun.max() < 19.5
+    assert (begun < 19).any() and (begun >= 19).any()
 
 
 def test_insiders_and_their_key_fit_the_full_size(plans):

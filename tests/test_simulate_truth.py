@@ -198,9 +198,9 @@ def test_labelled_rows_have_no_place_of_their_own_within_a_second(tied):
 
 
 @pytest.mark.parametrize("side", ["first", "last"])
-def test_labelled_rows_always_first_or_last_in_a_quarter_of_the_ties_are_noticed(tied, side):
+def test_labelled_rows_always_first_or_last_in_a_third_of_the_ties_are_noticed(tied, side):
     rank, ties = tied
-    planted = np.where(np.arange(len(rank)) % 4 == 0, 1 if side == "first" else ties, rank)
+    planted = np.where(np.arange(len(rank)) % 3 == 0, 1 if side == "first" else ties, rank)
     assert abs(tie_distance(planted, ties)) > CHANCE
 
 
@@ -231,9 +231,11 @@ def accounts(tmp_path_factory):
         scenario = np.zeros(settings.users, int)
         for incident in cast.incidents:
             scenario[incident.user] = incident.scenario
+        # the president supervises supervisors: with all accounts of a story, who cannot tell one
+        kept_out = [i.victim for i in cast.incidents if i.scenario == 3] + [cast.leads[0]]
         parts.append(frame.assign(
             release=seed, position=np.arange(len(frame)), scenario=scenario[index],
-            admin=cast.admin[index], lead=cast.habits["is_lead"][index],
+            admin=cast.admin[index], victim=np.isin(index, kept_out),
             pc=names.pc[index].astype(str)))
     return pd.concat(parts, ignore_index=True)
 
@@ -256,16 +258,16 @@ def distance_of_accounts(frame):
     return distance_from_chance(texts, labels, frame["release"].to_numpy())
 
 
-PEERS = {  # scenario 3 is an administrator by its story; nobody who leads a team is an insider
-    "scenarios 1 and 2 among staff": lambda f: f[~f["admin"] & ~f["lead"]],
-    "scenario 3 among administrators": lambda f: f[f["admin"]],
+PEERS = {  # scenario 3 is an administrator by its story, and its victim a supervisor
+    "scenarios 1 and 2 among everybody else": lambda f: f[(f["scenario"] < 3) & ~f["victim"]],
+    "scenario 3 among administrators": lambda f: f[f["admin"] & f["scenario"].isin([0, 3])],
 }
 
 
 @pytest.mark.parametrize("group", PEERS)
 def test_a_classifier_on_who_people_are_stays_at_chance(accounts, group):
     frame = PEERS[group](accounts)
-    assert (frame["scenario"] > 0).sum() >= 200 and (frame["scenario"] == 0).sum() >= 200
+    assert (frame["scenario"] > 0).sum() >= 200 and (frame["scenario"] == 0).sum() >= 150
     assert abs(distance_of_accounts(frame)) < CHANCE
 
 
@@ -324,14 +326,14 @@ def test_causes_name_scenarios_and_many_innocent_reasons(release, key):
 def optimal(release, key):
     """Return truth/optimal.csv with `malicious`, from the key; innocent replies do not count."""
     frame = pd.DataFrame(records(release[0] / "truth" / "optimal.csv"))
-    labelled, mail_only = set(), set()
+    logs, own = {}, set()
     for (_, insider), rows in key.items():
-        logs = {}
         for log, cells in rows:
-            logs.setdefault((cells[2], moment(cells).date().isoformat()), set()).add(log)
-        labelled |= set(logs)
-        mail_only |= {day for day, kinds in logs.items() if kinds == {"email"}
-                      and day[0] != insider}
+            day = cells[2], moment(cells).date().isoformat()
+            logs.setdefault(day, set()).add(log)  # a supervisor may be in two incidents on a day
+            own |= {day} if day[0] == insider else set()
+    labelled = set(logs)
+    mail_only = {day for day, kinds in logs.items() if kinds == {"email"} and day not in own}
     pairs = list(zip(frame["user"], frame["day"], strict=True))
     return frame.assign(malicious=[pair in labelled - mail_only for pair in pairs],
                         p_malicious=frame["p_malicious"].astype(float),
@@ -343,13 +345,13 @@ def built(release, tmp_path_factory):
     """Return the windows of the crowded release."""
     home = tmp_path_factory.mktemp("built")
     cert.ingest(release[0], home / "store", threads=1)
-    return pd.read_parquet(windows.build(home / "store", home / "windows", threads=1)
-                           / "windows.parquet")
+    return windows.read(windows.build(home / "store", home / "windows", threads=1,
+                                      history_days=simulate._MIN_PAST))
 
 
 def uncounted(optimal, built):
     """Return which account-days each side leaves out: (by the truth, by the windows)."""
-    there = built[built["precursor"] | built["ignore"] | ~built["enough_history"]]
+    there = built[built["precursor"] | built["ignore"]]
     here = optimal[~optimal["counted"]]
     return set(here["user"] + "_" + here["day"]), set(there["window_id"])
 
@@ -359,8 +361,9 @@ def test_the_optimum_counts_the_days_that_the_windows_count(optimal, built):
     assert here == there
     assert built["precursor"].sum() > 200 and built["ignore"].sum() > 20
     malicious = built[built["malicious"] & ~built["ignore"]]
+    early = set(built.loc[~built["full_history"], "window_id"])
     assert set(malicious["window_id"]) == set(
-        (optimal["user"] + "_" + optimal["day"])[optimal["malicious"]])
+        (optimal["user"] + "_" + optimal["day"])[optimal["malicious"]]) - early
 
 
 def test_counting_by_the_story_or_everything_differs_from_the_windows(release, optimal, built):

@@ -67,7 +67,10 @@ def days_of(users, *, days=40, seed=0):
     table["risk"] = np.where(table["malicious"], "malicious",
                              np.where(odd, "suspicious", "normal"))
     table["role"], table["department"], table["ldap_month"] = "Clerk", "", "2010-02"
+    table["past_days"] = np.minimum(day, 12)
     table["enough_history"] = True
+    table["full_history"] = table["past_days"] == 12
+    table["ignore"] |= ~table["full_history"]
     return table
 
 
@@ -260,13 +263,13 @@ def test_the_evaluation_sample_holds_every_malicious_day_and_the_hardest_benign_
     left_out = test["precursor"] | test["ignore"]
     positive = test.index[test["malicious"] & ~left_out]
     assert (sample.loc[positive, "stratum"] == 0).all()
-    assert (sample.loc[test.index[left_out], "weight_natural"] == 0).all()
+    assert (sample.loc[test.index[left_out & test["full_history"]], "weight_natural"] == 0).all()
     benign = test[~test["malicious"] & ~left_out].assign(score=hardness)
     hardest = benign.nlargest(50, "score").index
     assert (sample.loc[hardest, "weight_natural"] == 1).all()
     assert (sample.loc[hardest, "stratum"] == 1).all()
     assert ((sample["stratum"] > 0) & (sample["weight_natural"] > 0)).sum() == 150
-    assert set(sample.index) <= set(test.index)
+    assert set(sample.index) <= set(test.index[test["full_history"]])
 
 
 def test_the_weights_restore_the_count_of_benign_days_and_the_base_rate(table):
@@ -368,7 +371,9 @@ def test_too_few_insiders_are_said_to_be_not_judged(simulated):
     table, assignment, store = simulated
     assert table.loc[table["malicious_insider"], "user"].nunique() <= 5
     result = checks(table, assignment, store=store)
-    for name in ("metadata says nothing", "account name says nothing", "weekday says little"):
+    for name in ("metadata says nothing", "account name says nothing", "past_days says nothing",
+                 "role says nothing: scenarios 1 and 2",
+                 *(f"weekday says nothing: scenario {k}" for k in (1, 2, 3))):
         assert result.loc[name, "outcome"] == "not judged" and np.isnan(result.loc[name, "got"])
         assert result.loc[name, "detail"].startswith("not judged: fewer than 5")
     lines = splits.complaints(result.reset_index())
@@ -589,10 +594,56 @@ def test_an_administrator_is_compared_with_administrators(table):
     assert judged_metadata(elsewhere)["got"] > judged_metadata(by_definition)["got"] + 0.05
 
 
-def test_a_telling_weekday_is_found(table):
-    assert splits._weekdays(table)["outcome"] == "passed"
-    told = table.assign(weekday=np.where(table["malicious"], 5, 1))
-    assert splits._weekdays(told)["outcome"] == "failed"
+def weekdays(table):
+    return [row["outcome"] for row in splits._weekdays(table)]
+
+
+def test_a_weekday_on_which_one_scenario_begins_is_found(table):
+    assert weekdays(table) == ["passed"] * 3
+    # As in r4.2: all incidents of scenario 3 begin on a Thursday, the others on any day.
+    first = table["incident"].map(table[table["malicious"]].groupby("incident")["day"].min())
+    third = (table["scenario"] == 3) & table["malicious"] & (table["day"] == first)
+    told = table.assign(weekday=table["weekday"].where(~third, 3))
+    assert weekdays(told) == ["passed", "passed", "failed"]
+
+
+def test_too_few_incidents_to_judge_a_weekday_by_are_said_to_be_so(table):
+    kept = ["INS0016", "INS0017", "INS0018", "INS0019"]
+    few = table[(table["scenario"] != 3) | table["incident"].isin(kept)]
+    assert weekdays(few) == ["passed", "passed", "not judged"]
+    assert "fewer than 5" in splits._weekdays(few)[2]["detail"]
+
+
+def test_roles_that_scenarios_1_and_2_never_have_are_found(table):
+    table = renamed(table)
+    scenario = table[table["malicious_insider"]].groupby("user")["scenario"].max()
+    users = sorted(set(table["user"]) - set(scenario.index[scenario == 3]))
+    roles = dict(zip(users, np.random.default_rng(0).permutation(len(users)) % 2, strict=True))
+    fair = table.assign(role=table["user"].map(roles).map({0: "Clerk", 1: "Manager"}).fillna(
+        "ITAdmin"))
+    assert splits._roles(fair, 0)["outcome"] == "passed"
+    insider = fair["user"].isin(scenario.index[scenario < 3])
+    told = fair.assign(role=fair["role"].where(~insider, "Clerk"))
+    assert splits._roles(told, 0)["outcome"] == "failed"
+
+
+def test_a_history_whose_length_tells_the_label_is_found(table):
+    assert splits._past_days(table)["outcome"] == "passed"
+    assert splits._past_days(table)["got"] == 0.5
+    everything = table.assign(ignore=False, past_days=(
+        pd.to_datetime(table["day"]) - pd.Timestamp("2010-03-01")).dt.days.clip(upper=30))
+    assert splits._past_days(everything)["outcome"] == "failed"
+
+
+def test_a_day_without_a_full_history_is_neither_trained_nor_judged_on(table):
+    short = set(table.loc[~table["full_history"], "window_id"])
+    assert len(short) > 1000
+    assert not short & set(splits.balanced(table, n=600, seed=0, parts=("rl",))["window_id"])
+    sample = sampled(table, n_benign=10**6, headline_per_class=10**6)
+    assert not short & set(sample["window_id"])
+    benign = table[(table["split"] == "test") & ~table["malicious"] & table["full_history"]
+                   & ~table["precursor"]]
+    assert sample.loc[sample["stratum"] > 0, "weight_natural"].sum() == len(benign)
 
 
 def test_training_days_copied_into_the_test_accounts_are_counted(table, assignment):

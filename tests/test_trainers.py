@@ -1,16 +1,21 @@
 """PPO and GRPO: probes that only learning can pass, laws of the loss, exact resume, bad rewards."""
 
+import functools
 import math
 from itertools import chain
 
+import numpy as np
 import pytest
 import torch
+import trl
 from datasets import Dataset
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from transformers import PrinterCallback, TrainerCallback
 
 from tests.tiny import policy, probe_policy
+from ueba_helpers.data.seeding import generator
 from ueba_helpers.errors import UserError
+from ueba_helpers.rl.checkpoints import is_whole
 from ueba_helpers.rl.policies import lora_config
 from ueba_helpers.rl.settings import PolicySettings
 from ueba_helpers.rl.trainers import GRPOConfig, GRPOTrainer, PPOConfig, PPOTrainer
@@ -125,7 +130,7 @@ def gradients(trainer):
         def on_pre_optimizer_step(self, args, state, control, **kwargs):
             taken["policy"] = torch.cat([p.grad.flatten() for p in trainer.model.parameters()
                                          if p.grad is not None])
-            if "critic" in vars(trainer).get("_modules", {}) or trainer._name == "PPO":
+            if trainer._name == "PPO":
                 taken["critic"] = torch.cat([p.grad.flatten() for p in trainer.critic.parameters()
                                              if p.grad is not None])
 
@@ -352,8 +357,6 @@ def test_both_critics_train_with_any_group_size(critic, group, tmp_path):
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_lora_trains_adapters_and_takes_the_base_as_reference(arm, tmp_path):
-    from peft import get_peft_model
-
     base, _ = policy()
     model = get_peft_model(base, lora_config(PolicySettings(lora_rank=4)))
     trainer = make(arm, tmp_path, model=model, kl_coef=0.05, steps=5, num_generations=4)
@@ -441,3 +444,339 @@ def test_a_critic_of_another_vocabulary_is_refused(tmp_path):
         PPOTrainer(base, first_token_reward,
                    PPOConfig(output_dir=str(tmp_path), per_device_train_batch_size=4),
                    train_dataset=prompts(), processing_class=tokenizer, value_model=other)
+
+
+# -- the reference ---------------------------------------------------------------------------------
+
+def trained_adapter():
+    """Return a policy whose adapter says something else than its base."""
+    model = get_peft_model(policy()[0], lora_config(PolicySettings(lora_rank=4)))
+    draws = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3, generator=draws)
+    return model
+
+
+@pytest.mark.parametrize("placement, key", [
+    ("reward", "kl_to_reference/per_completion"), ("loss", "kl")])
+def test_a_policy_that_arrives_with_an_adapter_is_its_own_reference(placement, key, tmp_path):
+    trainer = make("grpo", tmp_path, model=trained_adapter(), kl_coef=0.05, steps=3,
+                   kl_placement=placement)
+    trainer.train()
+    kl = history(trainer, key)
+    assert kl[0] == pytest.approx(0, abs=1e-5) and abs(kl[-1]) > 1e-4
+    model = trained_adapter()  # the broken twin: without adapters it is another policy
+    ids = torch.arange(5, 25).unsqueeze(0)
+    with torch.no_grad(), model.disable_adapter():
+        base = model(ids).logits
+    assert (model(ids).logits - base).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_resuming_adapters_is_exact(arm, tmp_path):
+    changes = {"steps": 4, "save_strategy": "steps", "save_steps": 2, "kl_coef": 0.05}
+    whole = make(arm, tmp_path, model=trained_adapter(), **changes)
+    whole.train()
+    again = make(arm, tmp_path, model=trained_adapter(), **changes)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert torch.equal(flat(whole.model), flat(again.model))
+    if arm == "ppo":
+        assert torch.equal(flat(whole.critic), flat(again.critic))
+        assert not any(".ref." in name for name, _ in whole.critic.named_parameters())
+
+
+@pytest.mark.parametrize("changes, word", [
+    ({"cast_lm_head_to_fp32": True}, "cast_lm_head_to_fp32"),
+    ({"sync_ref_model": True}, "sync_ref_model"),
+    ({"multi_objective_aggregation": "normalize_then_sum"}, "multi_objective_aggregation")])
+def test_what_the_reference_or_the_reward_sum_cannot_hold_is_refused(changes, word, tmp_path):
+    with pytest.raises(UserError, match=word):
+        make("grpo", tmp_path, kl_coef=0.1, **changes)
+
+
+# -- draws and resuming ----------------------------------------------------------------------------
+
+def test_rollouts_of_one_step_have_draws_of_their_own(tmp_path):
+    trainer = make("grpo", tmp_path, steps=2, per_device_train_batch_size=4,
+                   gradient_accumulation_steps=4, steps_per_generation=1)
+    seen, uniforms = [], trainer._uniforms
+    trainer._uniforms = lambda rows: seen.append(uniforms(rows)) or seen[-1]
+    trainer.train()
+    assert len(seen) == 8
+    assert len({draws.tobytes() for draws in seen}) == 8
+    first = generator(3, "rollouts", 1).random(seen[4].shape)
+    assert (seen[4] == first).all(), "the first of a step is addressed by the step alone"
+
+
+TWO_PASSES = {"num_iterations": 2, "save_strategy": "steps", "kl_coef": 0.05, "save_steps": 3}
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_resuming_with_two_passes_over_a_rollout_is_exact(arm, tmp_path):
+    whole = make(arm, tmp_path, steps=6, **TWO_PASSES)
+    whole.train()
+    saved = sorted(folder.name for folder in tmp_path.glob("checkpoint-*"))
+    assert saved == ["checkpoint-4", "checkpoint-6"], "step 3 lies inside a rollout"
+    again = make(arm, tmp_path, steps=6, **TWO_PASSES)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert torch.equal(flat(whole.model), flat(again.model))
+    if arm == "ppo":
+        assert torch.equal(flat(whole.critic), flat(again.critic))
+
+
+def test_a_checkpoint_inside_a_rollout_is_not_resumed_from(tmp_path):
+    make("grpo", tmp_path, steps=3, **TWO_PASSES).train()
+    again = make("grpo", tmp_path, steps=6, **TWO_PASSES)
+    with pytest.raises(UserError, match=r"step 3 .* inside a rollout"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+def test_the_checkpoint_before_stays_until_the_new_one_is_sealed(tmp_path, monkeypatch):
+    from ueba_helpers.rl import trainers
+
+    sealed, seen = trainers.seal, []
+
+    def watched(folder):
+        seen.append([f.name for f in sorted(tmp_path.glob("checkpoint-*")) if is_whole(f)])
+        sealed(folder)
+
+    monkeypatch.setattr(trainers, "seal", watched)
+    trainer = make("grpo", tmp_path, steps=3, save_strategy="steps", save_steps=1,
+                   save_total_limit=1)
+    trainer.train()
+    assert seen == [[], ["checkpoint-1"], ["checkpoint-2"]]
+    assert [f.name for f in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+# -- the critic's gradients ------------------------------------------------------------------------
+
+def test_no_gradient_of_the_critic_outlives_its_step(tmp_path):
+    """Five micro-batches an epoch in steps of two: the third step of an epoch has one."""
+    trainer = make("ppo", tmp_path, steps=6, per_device_train_batch_size=4, count=5,
+                   gradient_accumulation_steps=2, steps_per_generation=1)
+    left = []
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            left.append(any(p.grad is not None for p in trainer.critic.parameters()))
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert left == [False] * 6
+
+
+def test_the_loss_scale_is_taken_off_once(tmp_path):
+    trainer = make("ppo", tmp_path, steps=1, max_grad_norm=0.01)
+    calls, clip = [], trainer.accelerator.clip_grad_norm_
+    trainer.accelerator.clip_grad_norm_ = lambda *args: calls.append(1) or clip(*args)
+    taken = gradients(trainer)
+    assert len(calls) == 1
+    assert taken["critic"].norm() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_an_optimiser_of_the_user_trains_the_critic_too(tmp_path):
+    base, tokenizer = policy()
+    args = PPOConfig(output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=8,
+                     max_completion_length=3, save_strategy="no", disable_tqdm=True)
+
+    def built(scheduler):
+        optimizer = torch.optim.AdamW(base.parameters(), lr=1e-3)
+        return PPOTrainer(base, length_reward, args, prompts(), None, tokenizer,
+                          optimizers=(optimizer, scheduler and scheduler(optimizer)))
+
+    trainer = built(None)
+    before = flat(trainer.critic)
+    trainer.train()
+    assert not torch.equal(before, flat(trainer.critic))
+    with pytest.raises(UserError, match="optimizers"):
+        built(lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1)).train()
+
+
+# -- rewards ---------------------------------------------------------------------------------------
+
+def rollout_of(trainer):
+    trainer.model.train()
+    return trainer._generate_and_score_completions(next(iter(trainer.get_train_dataloader())))
+
+
+def holes(completions, **kwargs):
+    return [[1.0, None, 0.0, None][i % 4] for i in range(len(completions))]
+
+
+@pytest.mark.parametrize("scale, sizes", [("none", 0.5), ("group", 0.5 / (0.5 ** 0.5 + 1e-4))])
+def test_unscorable_completions_enter_neither_mean_nor_deviation(scale, sizes, tmp_path):
+    trainer = make("grpo", tmp_path, reward=holes, scale_rewards=scale)
+    found = rollout_of(trainer)["advantages"].view(-1, 4)
+    assert torch.allclose(found, torch.tensor([sizes, 0, -sizes, 0]).expand_as(found))
+
+
+def test_penalties_of_unscorable_completions_move_no_other(tmp_path):
+    trainer = make("grpo", tmp_path, reward=holes, kl_coef=0.1, scale_rewards="none")
+    token_kl = trainer._token_kl
+
+    def watched(rollout, mask):
+        kl = token_kl(rollout, mask)
+        kl[1::2] = 7 * mask[1::2]  # the unscorable ones
+        return kl
+
+    trainer._token_kl = watched
+    found = rollout_of(trainer)["advantages"].view(-1, 4)
+    assert torch.allclose(found, torch.tensor([0.5, 0, -0.5, 0]).expand_as(found), atol=1e-5)
+
+
+def test_whitening_leaves_unscorable_completions_out(tmp_path):
+    trainer = make("ppo", tmp_path, reward=holes, num_generations=4, scale_rewards="whiten")
+    rollout = rollout_of(trainer)
+    inside = rollout["value_mask"].bool()
+    found = rollout["advantages"][inside]
+    assert found.mean().abs() < 1e-5 and abs(found.std() - 1) < 1e-4
+    assert (rollout["advantages"][~inside] == 0).all() and inside.any() and not inside.all()
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_logged_advantages_are_those_trained_on(arm, tmp_path):
+    trainer = make(arm, tmp_path, num_generations=4, scale_rewards="batch")
+    rollout = rollout_of(trainer)
+    found = rollout["advantages"]
+    if arm == "ppo":
+        mask = rollout["completion_mask"]
+        found = (found * mask).sum(1) / mask.sum(1)
+    assert list(trainer._logs["advantages"]) == pytest.approx(found.tolist(), abs=1e-6)
+
+
+class Scorer:
+    """A reward function that is an object."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __call__(self, completions, **kwargs):
+        if isinstance(self.value, Exception):
+            raise self.value
+        return [self.value] * len(completions)
+
+
+async def raising_async(completions, **kwargs):
+    raise KeyError("risk")
+
+
+def filled(completions, value, **kwargs):
+    return [value] * len(completions)
+
+
+@pytest.mark.parametrize("reward, words", [
+    (Scorer("good"), "Scorer .*'good'"), (Scorer(KeyError("risk")), "Scorer raised KeyError"),
+    (functools.partial(filled, value="good"), "filled .*'good'"),
+    (raising_async, "raising_async raised KeyError"),
+    (lambda completions, **kwargs: np.float64(1), "float64"),
+    (lambda completions, **kwargs: np.ones((len(completions), 1)), r"\[1.0\]")])
+def test_every_kind_of_bad_reward_function_is_named(reward, words, tmp_path):
+    with pytest.raises(UserError, match=words):
+        rollout_of(make("grpo", tmp_path, reward=reward))
+
+
+@pytest.mark.parametrize("reward", [
+    lambda completions, **kwargs: np.linspace(0, 1, len(completions)),
+    lambda completions, **kwargs: list(np.linspace(0, 1, len(completions), dtype=np.float32)),
+    lambda completions, **kwargs: list(torch.linspace(0, 1, len(completions)))])
+def test_rewards_may_be_arrays_and_their_scalars(reward, tmp_path):
+    trainer = make("grpo", tmp_path, reward=reward)
+    rollout_of(trainer)
+    assert trainer._rewards_per_func[:, 0].tolist() == pytest.approx(
+        np.linspace(0, 1, 16).tolist())
+
+
+# -- arguments -------------------------------------------------------------------------------------
+
+def test_arguments_come_in_the_order_of_trl(tmp_path):
+    base, tokenizer = policy()
+    args = GRPOConfig(output_dir=str(tmp_path), per_device_train_batch_size=8)
+    train, held_out = prompts(8), prompts(4)
+    trainer = GRPOTrainer(base, length_reward, args, train, held_out, tokenizer)
+    assert len(trainer.train_dataset) == 8 and len(trainer.eval_dataset) == 4
+    assert trainer.processing_class is tokenizer
+
+
+def test_a_config_of_trl_is_told_from_ours(tmp_path):
+    base, tokenizer = policy()
+    with pytest.raises(UserError, match=r"a ueba_helpers\.rl\.trainers\.GRPOConfig.* a trl\."):
+        GRPOTrainer(base, length_reward, trl.GRPOConfig(output_dir=str(tmp_path), bf16=False),
+                    prompts(), processing_class=tokenizer)
+
+
+def test_a_value_model_without_a_backbone_is_refused(tmp_path):
+    base, tokenizer = policy()
+    with pytest.raises(UserError, match=r"value_model is a Linear .*backbone"):
+        PPOTrainer(base, length_reward,
+                   PPOConfig(output_dir=str(tmp_path), per_device_train_batch_size=4), prompts(),
+                   processing_class=tokenizer, value_model=torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("arm, changes, word", [
+    ("ppo", {}, "critic"), ("grpo", {"kl_coef": 0.1}, "kl_placement")])
+def test_images_are_refused_where_they_would_be_dropped(arm, changes, word, tmp_path, monkeypatch):
+    from ueba_helpers.rl import trainers
+
+    start = trainers.trl.GRPOTrainer.__init__
+
+    def with_images(self, *args, **kwargs):
+        start(self, *args, **kwargs)
+        self._is_vlm = True
+
+    monkeypatch.setattr(trainers.trl.GRPOTrainer, "__init__", with_images)
+    with pytest.raises(UserError, match=word):
+        make(arm, tmp_path, **changes)
+    make("grpo", tmp_path, kl_coef=0.1, kl_placement="loss")
+
+
+def test_the_kl_is_of_the_policy_that_is_updated_not_of_another_engines_numbers(tmp_path):
+    trainer = make("grpo", tmp_path, kl_coef=0.1)
+    zeros = torch.zeros(2, 3)
+    rollout = {"sampling_per_token_logps": zeros - 9, "old_per_token_logps": zeros - 1,
+               "ref_per_token_logps": zeros - 2}
+    assert torch.equal(trainer._token_kl(rollout, zeros + 1), zeros + 1)
+
+
+def test_the_largest_ratio_of_a_step_is_not_averaged(tmp_path):
+    trainer = make("grpo", tmp_path, steps=1)
+    trainer.model.train()
+    trainer._metrics["train"]["ratio/max"] = [1.0, 3.0, 2.0]
+    logs = {}
+    trainer.log(logs)
+    assert logs["ratio/max"] == 3.0
+
+
+def test_only_a_shared_critic_keeps_hidden_states(tmp_path):
+    kept = {}
+    for critic in ("separate", "shared"):
+        trainer = make("ppo", tmp_path, critic=critic, steps=1)
+        trainer.train()
+        kept[critic] = "states" in trainer._scored
+    assert kept == {"separate": False, "shared": True}
+
+
+def test_every_rank_has_written_before_a_checkpoint_is_sealed(tmp_path, monkeypatch):
+    from ueba_helpers.rl import trainers
+
+    trainer = make("grpo", tmp_path, steps=1, save_strategy="steps", save_steps=1)
+    order, saved, seal = [], trainer._save_rng_state, trainers.seal
+    trainer._save_rng_state = lambda folder: order.append("write") or saved(folder)
+    wait = trainer.accelerator.wait_for_everyone
+    trainer.accelerator.wait_for_everyone = lambda: order.append("wait") or wait()
+    monkeypatch.setattr(trainers, "seal", lambda folder: order.append("seal") or seal(folder))
+    trainer.train()
+    assert order[order.index("write"):order.index("seal") + 1] == ["write", "wait", "seal"]
+
+
+@pytest.mark.parametrize("changes, warned", [
+    ({"gradient_checkpointing": True}, 1), ({"shared_prefix": False}, 0), ({}, 0)])
+def test_an_unwanted_plain_path_is_told_once(changes, warned, tmp_path, monkeypatch):
+    from ueba_helpers.rl import trainers
+
+    told = []
+    monkeypatch.setattr(trainers.logger, "warning", lambda *words, **_: told.append(words[0]))
+    trainer = make("grpo", tmp_path, **changes)
+    assert len([words for words in told if "prompts are not shared" in words]) == warned
+    assert (trainer._why_plain is None) == (not changes)

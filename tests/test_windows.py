@@ -378,7 +378,7 @@ def comparable(table):
 
 def days_where(table, mask):
     chosen = table[mask]
-    return {(user, (day - START).days)
+    return {(user, (pd.Timestamp(day).date() - START).days)
             for user, day in zip(chosen["user"], chosen["day"], strict=True)}
 
 
@@ -391,7 +391,7 @@ def test_labels_join_on_calendar_dates_in_both_views(world):
     table = world["table"]
     assert days_where(table, table["malicious"]) == KEY | OTHER_ACCOUNTS
     assert days_where(table, table["malicious_insider"]) == KEY
-    assert days_where(table, table["ignore"]) == {("ZZZ0005", 44)}
+    assert days_where(table, table["ignore"] & table["full_history"]) == {("ZZZ0005", 44)}
     assert set(table.loc[table["malicious"], "risk"]) == {"malicious"}
     assert row_of(table, "VVV0004", 44)["incident"] == "CCC0003"
     assert row_of(table, "VVV0004", 44)["scenario"] == 3
@@ -471,13 +471,15 @@ def test_an_insider_acting_only_through_another_account_counts_in_the_insider_vi
     assert days_where(table, table["precursor"]) == {("AAA0001", 2)}
     counts = windows.read_manifest(tmp_path / "windows")["counts"]
     assert counts["key_insider_days"] == counts["malicious_insider"] == 2
+    table = windows.behaviour(tmp_path / "store", history_days=1, min_history=1, threads=1)
+    table = table[table["full_history"]]
     account, insider = (windows.ranking_truth(table, view=view) for view in ("account", "insider"))
     assert days_where(table, account["ignore"].to_numpy()) == {("AAA0001", 2)}
     assert days_where(table, insider["ignore"].to_numpy()) == {("VVV0004", 2)}
 
 
 def test_the_two_views_ignore_what_they_cannot_judge(world):
-    table = world["table"]
+    table = windows.behaviour(world["store"], history_days=20, threads=1)
     account = windows.ranking_truth(table)
     insider = windows.ranking_truth(table, view="insider")
     positive = account["positive"].to_numpy()
@@ -486,6 +488,8 @@ def test_the_two_views_ignore_what_they_cannot_judge(world):
     ignored = days_where(table, insider["ignore"].to_numpy())
     assert ignored >= OTHER_ACCOUNTS and ("BBB0002", 38) in ignored
     assert not (account["positive"] & account["ignore"]).any()
+    short = table["past_days"] < 20
+    assert account["ignore"][short].all() and insider["ignore"][short].all()
     with pytest.raises(ValueError, match="view"):
         windows.ranking_truth(table, view="people")
 
@@ -510,6 +514,23 @@ def test_no_visible_column_changes_when_the_answer_key_is_taken_away(world, tmp_
 
 # ---------------------------------------------------------------------------------------------
 # Deviations, risk, features
+
+
+def test_only_days_with_a_full_history_are_judged_and_it_is_equally_long_on_all(world, tmp_path):
+    for days in (20, 30):
+        table = windows.behaviour(world["store"], history_days=days, threads=1)
+        judged = table[~table["ignore"]]
+        assert len(judged) > 10 and set(judged["past_days"]) == {days}
+        assert (table["full_history"] == (table["past_days"] == days)).all()
+        first = table.sort_values("day").groupby("user").head(days)
+        assert first["ignore"].all()
+    # Labels stand on all days of the key; those on early ones are counted.
+    made = windows.build(world["store"], tmp_path / "windows", history_days=30, threads=1)
+    table, counts = windows.read(made), windows.read_manifest(made)["counts"]
+    early = table["malicious"] & ~table["full_history"]
+    assert early.any() and counts["malicious_short_history"] == early.sum()
+    assert counts["short_history"] == (~table["full_history"]).sum()
+    assert counts["judged"] == (~table["ignore"] & ~table["precursor"]).sum()
 
 
 def test_a_deviation_is_rare_among_training_days_with_enough_history(world):

@@ -3,11 +3,13 @@
 Comes in: a folder with any of `logon.csv device.csv file.csv email.csv http.csv` (plain or `.gz`),
 `LDAP/YYYY-MM.csv`, `psychometric.csv`, and `answers/` beside or inside it.
 Goes out: a store folder, `events/<log>/bucket=NN/*.parquet` sorted by account and time, the small
-tables, `quarantine.csv` with every refused row, and `manifest.json`, written last. `Store` opens
-it.
+tables, `quarantine.csv` with file, line, reason and the first columns of every refused row, and
+`manifest.json`, written last. `Store` opens it.
 Refuses: other releases (recognised by header and named), wrong or missing headers, empty logs, a
 file that ends within a row, and a log of which more than a stated share of rows is bad. Page and
-message texts (`content`) are never stored, nor whole URLs: of a page, its host, the topic its URL
+message texts (`content`) are never stored, nor whole URLs. What is kept of a bad row ends before
+the first column of text, addresses or URLs, at 80 characters; a line that is no row at all is cut
+as if it were one, so 80 characters of stray text may stay. Of a page, its host, the topic its URL
 names (decoded) and a category are kept. The category is the page's only flag; r4.2 has no column
 that tells an upload from a visit.
 
@@ -147,8 +149,10 @@ STORE_KIND = "cert-event-store"
 STORE_VERSION = 2
 BLOCK_BYTES = 8 << 20
 MAX_LINE_BYTES = 1 << 20
-QUARANTINE_TEXT = 500
+QUARANTINE_TEXT = 80  # of a bad row: id, date, user and pc, which take 60
 MAX_DIFFERING = 100
+# Of the key's rows of one log: the most that may have no equal event, as a share and as a count.
+MOST_UNMATCHED, FEW_UNMATCHED = 0.05, 5
 
 Progress = Callable[[str], None]
 
@@ -261,6 +265,13 @@ class _Table:
     stored: tuple[tuple[str, str], ...]
     key: str = "id"
     closed: bool = False
+
+    @property
+    def plain_columns(self) -> int:
+        """How many leading columns hold no text, addresses or URLs: all that is kept of a bad row.
+        """
+        return next((i for i, name in enumerate(self.header) if name in ("to", "url", "content")),
+                    len(self.header))
 
 
 _ADDRESS = "[^@;\\s]+@[^@;\\s]+"
@@ -721,9 +732,10 @@ def _reason(code: int, expected: int, commas: int) -> str:
     }[code]
 
 
-def _printable(data: bytes) -> str:
-    """Return the beginning of a bad line as one line of text, odd bytes written as escapes."""
-    text = data[:QUARANTINE_TEXT].decode("utf-8", "backslashreplace")
+def _printable(data: bytes, columns: int) -> str:
+    """Return the first columns of a bad line as one line of text, odd bytes written as escapes."""
+    kept = b",".join(data[:QUARANTINE_TEXT].split(b",", columns)[:columns])
+    text = kept.decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -816,7 +828,7 @@ def _batches(block: _Block, table: _Table) -> Iterator[pa.RecordBatch]:
     bad = np.flatnonzero(code)
     for part in np.array_split(bad, -(-len(bad) // 10_000)) if len(bad) else ():
         empty = pa.nulls(len(part), pa.string_view())
-        text = [_printable(data[starts[i] : ends[i]]) for i in part]
+        text = [_printable(data[starts[i] : ends[i]], table.plain_columns) for i in part]
         why = [_reason(int(code[i]), width, int(n_commas[i])) for i in part]
         columns = [pa.array(part + block.first_line), *([empty] * len(table.used))]
         columns += [pa.array(text, pa.string_view()), pa.array(why, pa.string_view())]
@@ -891,7 +903,7 @@ def recognise(release: Path | str) -> str:
 
     Raises `UserError` that names the release seen and what differs for r1, r2, r3, r5 and r6, and
     the file and the expected header for anything else. r4.1 has the same headers; it is told from
-    r4.2 by the folder's name only.
+    r4.2 by the folder's name here, and by the answer key once its events are read.
     """
     release = Path(release)
     with _mendable(release, ""):
@@ -1032,9 +1044,11 @@ class _Ingest:
         stored = ", ".join(f'{sql} AS "{name}"' for name, sql in table.stored)
         bucket = f"CAST(right(\"user\", 4) AS INTEGER) % {self.buckets}"
         lines = f"(SELECT *, {_DATE_SQL} AS moment FROM lines)" if "date" in table.used else "lines"
+        kept = f"array_to_string(string_split(text, ',')[:{table.plain_columns}], ',')"
         query = (
             f"SELECT * EXCLUDE (text), CASE WHEN reason IS NULL THEN {bucket} ELSE -1 END AS"
-            f" bucket, CASE WHEN reason IS NOT NULL THEN left(text, {QUARANTINE_TEXT}) END AS text"
+            f" bucket, CASE WHEN reason IS NOT NULL THEN left({kept}, {QUARANTINE_TEXT}) END"
+            " AS text"
             f" FROM (SELECT line, {stored}, text, coalesce(problem, CASE {cases} END) AS reason"
             f" FROM {lines})"
         )
@@ -1228,7 +1242,8 @@ class _Ingest:
             return count
         lines = np.sort(self.connection.execute("SELECT line FROM duplicates").fetchnumpy()["line"])
         self.connection.register(
-            "texts", pa.RecordBatchReader.from_batches(_TEXT, _texts_of(source, np.asarray(lines)))
+            "texts", pa.RecordBatchReader.from_batches(
+                _TEXT, _texts_of(source, table, np.asarray(lines)))
         )
         self.quarantine(source, f"SELECT line, {reason} AS reason, text FROM texts")
         self.connection.unregister("texts")
@@ -1407,7 +1422,7 @@ class _Ingest:
     def refuse(self, source: _Source, line: int, reason: str, text: str) -> None:
         self.connection.execute(
             "INSERT INTO quarantine VALUES (?, ?, ?, ?)",
-            [source.label, line, reason, _printable(text.encode())],
+            [source.label, line, reason, _printable(text.encode(), 4)],
         )
 
     # the end
@@ -1493,6 +1508,9 @@ class _Ingest:
     def unmatched(self, logs: dict, answers: str) -> tuple[dict[str, int], list[dict]]:
         """Compare the key's rows with the stored events in id, date, user and pc; warn.
 
+        Raises `UserError` where more than 5 % of the key's rows of a log that is there, and more
+        than five of them, have no equal event: r4.1, and r3 without email, have r4.2's headers and
+        pass until here.
         Returns how many have no equal event, by log; and of those whose id is there with another
         date, user or pc, the first `MAX_DIFFERING`, as {log, insider, id, key, event}.
         """
@@ -1520,7 +1538,16 @@ class _Ingest:
                 " concat_ws(' ', e.date, e.user, e.pc)"
                 " FROM lost AS k JOIN known AS e USING (id) ORDER BY k.insider, k.date, k.id"
             ).fetchall()
-            missing[name] = self.count("lost")
+            of_key, missing[name] = missing[name], self.count("lost")
+            unexplained = missing[name] - logs[name].get("quarantined", 0)
+            if unexplained > max(FEW_UNMATCHED, MOST_UNMATCHED * of_key):
+                raise UserError(
+                    f"{self.found.logs[name].path}: {missing[name]:,} of the {of_key:,} rows that"
+                    f" the answer key has of this log have no equal event in it"
+                    ": these logs are not of the release that the key belongs to. r4.1 and r3 look"
+                    " like r4.2 from outside. Point at the folder of r4.2, or copy its"
+                    f" {self.found.logs[name].path.name} and answers again."
+                )
             absent[name] = missing[name] - len(rows)
             differing += [
                 {"log": name, "insider": insider, "id": identity, "key": key, "event": event}
@@ -1569,7 +1596,7 @@ class _Ingest:
 _TEXT = pa.schema([("line", pa.int64()), ("text", pa.string())])
 
 
-def _texts_of(source: _Source, lines: np.ndarray) -> Iterator[pa.RecordBatch]:
+def _texts_of(source: _Source, table: _Table, lines: np.ndarray) -> Iterator[pa.RecordBatch]:
     """Read a file again for the text of some lines, given sorted line numbers."""
     reader = _Reader(source)
     try:
@@ -1579,7 +1606,8 @@ def _texts_of(source: _Source, lines: np.ndarray) -> Iterator[pa.RecordBatch]:
             low, high = np.searchsorted(lines, (block.first_line, block.first_line + len(parts)))
             # The block after the last line end is empty and belongs to the next block.
             wanted = [n for n in lines[low:high].tolist() if parts[n - block.first_line]]
-            texts = [_printable(parts[n - block.first_line].removesuffix(b"\r")) for n in wanted]
+            texts = [_printable(parts[n - block.first_line].removesuffix(b"\r"),
+                                table.plain_columns) for n in wanted]
             if wanted:
                 yield pa.RecordBatch.from_arrays([pa.array(wanted), pa.array(texts)], schema=_TEXT)
     finally:

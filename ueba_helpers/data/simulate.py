@@ -72,7 +72,7 @@ from ueba_helpers.data.files import atomic_path, write_json
 from ueba_helpers.data.seeding import generator
 from ueba_helpers.errors import UserError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 LOGS = ("logon", "device", "file", "email", "http")
 HEADERS = {
     "logon": "id,date,user,pc,activity",
@@ -90,6 +90,7 @@ CONSUMER_DOMAINS = (
 DEFAULT_START = date(2010, 1, 2)
 DAY = 86_400
 HOUR = 3_600
+_EVENING = 19 * HOUR
 _BACKOFF = 6.0
 _RARE_SHARE = 0.05
 _MIN_PAST = 10
@@ -203,8 +204,11 @@ class _Settings:
 
     @property
     def history(self) -> int:
-        """Days before the first label: r4.2's share of the period, at least 40 where it fits."""
-        return max(round(0.317 * self.days), min(40, round(0.45 * self.days)))
+        """Days before the first label: r4.2's share of the period, at least 48 where it fits.
+
+        In 48 days nearly everybody has the 30 active days that make a full history in `windows`.
+        """
+        return max(round(0.317 * self.days), min(48, round(0.45 * self.days)))
 
     @property
     def last_incident_day(self) -> int:
@@ -438,7 +442,10 @@ def _cast(settings: _Settings, seed: int) -> _Cast:
 
     one, two, three = settings.insiders
     inside_three = sorted(roaming, key=lambda u: (round_of[u], rank[u]))[:three]
-    ordinary = rng.permutation(np.flatnonzero(~admin & ~is_lead))
+    # Whatever the role: it must not prove anybody innocent. The president supervises the leads.
+    taken = np.zeros(users, bool)
+    taken[[leads[0], *inside_three, *supervisor[list(inside_three)]]] = True
+    ordinary = rng.permutation(np.flatnonzero(~taken))
     inside_one, inside_two = ordinary[:one], ordinary[one : one + two]
     insider = np.zeros(users, bool)
     insider[list(inside_three)] = True
@@ -494,7 +501,8 @@ def _cast(settings: _Settings, seed: int) -> _Cast:
         "is_lead": is_lead,
     }
     habits["seeker"][inside_two] = False
-    incidents = _incidents(settings, rng, inside_one, inside_two, inside_three, supervisor, leads)
+    staying = [int(lead) for lead in leads if not insider[lead]]
+    incidents = _incidents(settings, rng, inside_one, inside_two, inside_three, supervisor, staying)
     leave = np.full(users, settings.days + 400)
     for incident in incidents:
         gap = {1: rng.integers(2, 9), 2: rng.integers(1, 4), 3: rng.integers(1, 3)}
@@ -507,7 +515,7 @@ def _cast(settings: _Settings, seed: int) -> _Cast:
     return _Cast(team, supervisor, leads, admin, leave, incidents, habits)
 
 
-def _incidents(settings, rng, inside_one, inside_two, inside_three, supervisor, leads):
+def _incidents(settings, rng, inside_one, inside_two, inside_three, supervisor, repliers):
     first, last = settings.history, settings.last_incident_day
     found = []
 
@@ -520,13 +528,14 @@ def _incidents(settings, rng, inside_one, inside_two, inside_three, supervisor, 
         begin = one_of(range(first + 1, max(first + 2, last - span)))
         found.append(_Incident(int(user), 1, begin, min(begin + span, last)))
     for user in inside_two:
-        span = max(8, round(float(rng.uniform(58, 72)) * settings.compression))
+        # r4.2: 44 to 58 days, the median 56
+        span = max(8, round((44 + 14 * rng.random() ** 0.13) * settings.compression))
         begin = one_of(range(first, max(first + 1, last - span)))
         found.append(_Incident(int(user), 2, begin, min(begin + span, last)))
     taken: dict[int, set[int]] = {}
     for user in inside_three:
         victim = int(supervisor[user])
-        others = [int(lead) for lead in leads if lead != victim]
+        others = [lead for lead in repliers if lead != victim]
         replier = int(rng.choice(others)) if others else victim
         workdays = [
             d for d in range(first, last - 1)
@@ -615,6 +624,7 @@ def _plan(settings: _Settings, cast: _Cast, seed: int) -> _Plan:
     ]
     counts["late_start"] = rng.integers(int(19.2 * HOUR), int(23.6 * HOUR), shape).astype(np.int32)
     counts["late_seconds"] = rng.integers(HOUR // 2, int(2.6 * HOUR), shape).astype(np.int32)
+    _early_half(seed, counts, by_deadline | by_chance)
 
     # Drives: habit, weekly backup, a project with more of it, a first time.
     used = happens(np.where(habit["drive"], habit["drive_rate"], 0))
@@ -726,7 +736,8 @@ def _plan(settings: _Settings, cast: _Cast, seed: int) -> _Plan:
         connects=connects.astype(np.int16), files=files.astype(np.int16), executable=executable,
         active=active,
     )
-    for name in ("victim_pc", "used_as_victim"):  # scenario 3's two days, for the truth
+    # scenario 3's two days, for the truth
+    for name in ("victim_pc", "used_as_victim", "victim_at_night"):
         counts[name] = np.zeros(shape, bool)
     labelled = {
         name: np.zeros(shape, bool) for name in ("late", "web_mail", "drive", "hack")
@@ -760,6 +771,22 @@ def _plan(settings: _Settings, cast: _Cast, seed: int) -> _Plan:
             causes.append((shown, scenario, kind))
     incident_days = np.logical_or.reduce(list(story.values()))
     return _Plan(counts, labelled, malicious, present, incident_days, causes)
+
+
+def _early_half(seed: int, counts: dict[str, np.ndarray], evening: np.ndarray) -> None:
+    """Move half of the sessions out of hours, but those of `evening`, before the day's own start.
+
+    As in r4.2, where half of scenario 1's begin after midnight; night workers' go the same way.
+    They begin from 00:30 on and well before 07:00, so that the drive is out of hours as well.
+    """
+    rng = generator(seed, "simulate.early_half")
+    early = (rng.random(evening.shape) < 0.5) & ~evening
+    latest = np.minimum(6.7 * HOUR, counts["start"] - HOUR)
+    begin = (0.5 * HOUR + rng.random(evening.shape) * (latest - 0.5 * HOUR)).astype(np.int32)
+    counts["late_start"] = np.where(early, begin, counts["late_start"])
+    room = counts["start"] - 600 - counts["late_start"]
+    counts["late_seconds"] = np.where(
+        early, np.minimum(counts["late_seconds"], room), counts["late_seconds"])
 
 
 def _shared_machines(seed: int, used: np.ndarray) -> np.ndarray:
@@ -867,14 +894,14 @@ def _scenario_2(settings, rng, incident, counts, labelled, malicious, story):
     told = []
     for day in span:
         taking = day > incident.end - copying
-        in_key, kept = rng.random() < 0.70, rng.random() >= settings.label_noise
-        looks = rng.random() < (0.45 if taking else 0.74)
-        writes = rng.random() < (0.20 if taking else 0.46 - 0.1 * hard)
+        in_key, kept = rng.random() < 0.72, rng.random() >= settings.label_noise
+        looks = rng.random() < (0.60 if taking else 0.93)
+        writes = rng.random() < (0.28 if taking else 0.50 - 0.1 * hard)
         takes = taking and rng.random() < 0.92
         if day == span[0]:
             in_key = kept = looks = True
         if looks:
-            counts["job"][user, day] += 1 + rng.poisson(4.6 - 1.5 * hard)
+            counts["job"][user, day] += 1 + rng.poisson(4.1 - 1.3 * hard)
         if writes:
             counts["competitor"][user, day] += 1
         if takes:
@@ -900,7 +927,9 @@ def _scenario_3(settings, rng, incident, counts, labelled, malicious, story):
     labelled["hack"][user, day] = True
     counts["late"][user, day + 1] = labelled["late"][user, day + 1] = True
     counts["late_drive"][user, day + 1] = 0
-    counts["late_start"][user, day + 1] = rng.integers(int(19.2 * HOUR), int(21.5 * HOUR))
+    begin = int(rng.integers(int(16.5 * HOUR), int(19.5 * HOUR)))
+    counts["late_start"][user, day + 1] = begin
+    counts["victim_at_night"][victim, day + 1] = begin >= _EVENING - 600
     counts["late_seconds"][user, day + 1] = rng.integers(HOUR, 2 * HOUR)
     story["scenario_3"][user, day : day + 2] = True
     story["scenario_3"][[victim, incident.replier], day + 1] = True
@@ -1366,7 +1395,7 @@ class _DayWriter:
         self._send(rng, day, np.repeat(user, 2), 0, number)
 
     def _masquerade(self, rng, number, incident):
-        """Day two: in the evening the insider logs on as the supervisor and mails everybody."""
+        """Day two: late, the insider logs on as the supervisor and mails everybody."""
         day = incident.end
         victim, insider = np.array([incident.victim]), np.array([incident.user])
         machine = victim if rng.random() < 0.4 else insider
@@ -1571,7 +1600,8 @@ def _visible_cells(settings: _Settings, plan: _Plan):
     crossed = np.zeros_like(late)
     crossing = late & (counts["late_start"] + counts["late_seconds"] >= DAY)
     crossed[:, 1:] = crossing[:, :-1]
-    at_night = late | crossed | (counts["used_as_victim"] & (counts["roam"] == 0))
+    by_day = (counts["late_start"] >= 7 * HOUR) & (counts["late_start"] < _EVENING)
+    at_night = (late & ~by_day) | crossed | (counts["victim_at_night"] & (counts["roam"] == 0))
     connects = counts["connects"] + counts["late_drive"] + counts["roam_drive"]
     connects = connects + 2 * counts["victim_pc"]
     drive = connects > 0

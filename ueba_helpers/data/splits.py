@@ -8,6 +8,10 @@ or a split with nothing in it, scores that do not fit the windows.
 Audits look at labels of training and dev accounts alone. Those of test accounts stay closed: they
 are compared with the answer key, and nothing about them is reported but that they differ.
 
+Days flagged `ignore` or `precursor` (see `windows`) are neither drawn nor weighed: a day whose
+account has no full history yet is benign for certain, as labels begin later, and would be known by
+its `past_days`.
+
 An incident is never cut: the insider, the supervisor whose account was abused, and anybody else
 with a labelled row of it go to one side together (accounts in two incidents join them). Groups are
 dealt scenario by scenario, so that each split gets its share of each scenario. With few insiders
@@ -191,10 +195,10 @@ def balanced(
     """Return `n` windows of the given parts, a third of each risk level, shuffled; for training.
 
     `windows` must carry the column `part` (merge `assign`'s result on user). Precursor and ignored
-    days are left out. Malicious days are taken incident by incident in turn, so that a long
-    incident does not crowd out short ones; the other classes at random. A class with fewer days
-    than a third of `n` is repeated whole, as evenly as possible; `repeat` counts from 0. Raises
-    `UserError` if a class has no day in these parts.
+    days are left out: every day drawn has a full history. Malicious days are taken incident by
+    incident in turn, so that a long incident does not crowd out short ones; the other classes at
+    random. A class with fewer days than a third of `n` is repeated whole, as evenly as possible;
+    `repeat` counts from 0. Raises `UserError` if a class has no day in these parts.
     """
     if "part" not in windows.columns:
         raise UserError("balanced: the windows lack the column 'part'; merge the assignment on "
@@ -251,7 +255,8 @@ def evaluation_sample(
       stratum 1    the hardest benign days, a third of `n_benign`: all of them, weight 1;
       stratum 2 …  the other benign days by falling score, in strata that grow fourfold, sampled
                    evenly, weight = days in the stratum / days sampled (Horvitz-Thompson);
-      stratum -1   weight 0: precursor and ignored days, and days taken for the headline alone.
+      stratum -1   weight 0: days taken for the headline alone, precursor days and innocent replies.
+    Days without a full history are not in the table.
     `headline` marks `headline_per_class` days of each risk level (fewer if there are not so many),
     drawn at random within the class. Raises `UserError` for a missing column, a split without
     malicious or benign days, or scores that are missing or not finite.
@@ -291,7 +296,7 @@ def evaluation_sample(
     for risk in RISKS:
         rows = np.flatnonzero((table["risk"] == risk).to_numpy() & ~left_out)
         headline[rng.permutation(rows)[:headline_per_class]] = True
-    keep = headline | (weight > 0) | left_out
+    keep = headline | (weight > 0) | (left_out & table["full_history"].to_numpy(bool))
     sample = pd.DataFrame({
         "window_id": table["window_id"], "split": split, "headline": headline,
         "weight_natural": weight, "stratum": stratum,
@@ -344,7 +349,7 @@ def _strata(ranked: np.ndarray, n: int) -> list[tuple[np.ndarray, int]]:
 Detector = Callable[[pd.DataFrame, pd.DataFrame], np.ndarray]
 OUTCOMES = ("passed", "failed", "not judged")
 _NUMBERS = (*BEHAVIOUR_FEATURES, *PAST_FEATURES, *WEEK_FEATURES)
-_CHECKED = (*_NUMBERS, *RULE_FEATURES, "enough_history")
+_CHECKED = (*_NUMBERS, *RULE_FEATURES, "enough_history", "full_history")
 _CHECKED_WORDS = ("role", "department", "ldap_month")
 _CHECKED_ITEMS = ("item", "kind", "start", "end", "pc", "detail", "n", "facts", "event_ids",
                   "deviation", "features", "dropped")
@@ -352,7 +357,8 @@ _LABELS = ("malicious", "malicious_insider", "scenario", "incident", "risk")
 _TRAITS = ("O", "C", "E", "A", "N")
 _MOST_ROWS = 2000
 _PERMUTATIONS = 4
-_FEWEST = 5  # insiders (or labelled events) without which a classifier is not judged
+_FEWEST = 5  # insiders (or labelled events, incidents) without which a check is not judged
+_DRAWS = 20_000
 
 
 def audit(
@@ -389,7 +395,9 @@ def audit(
         *_permuted_labels(opened, seed, detectors or {}),
         _account_names(_people(opened), seed),
         _metadata(_people(opened), seed, store=store, listing=listing),
-        _weekdays(opened),
+        *_weekdays(opened),
+        _roles(opened, seed),
+        _past_days(opened),
         _near_duplicates(joined),
     ]
     if manifest is not None:
@@ -573,14 +581,67 @@ def _metadata(people: pd.DataFrame, seed: int, *, store: Path | str | None,
                   "accounts", strata=(people["role"] == "ITAdmin").to_numpy(int))
 
 
-def _weekdays(opened: pd.DataFrame) -> dict:
-    """The weekday alone (prompts show it) must say little."""
-    check, usable = "weekday says little", opened[~opened["precursor"] & ~opened["ignore"]]
+def _weekdays(opened: pd.DataFrame) -> list[dict]:
+    """Incidents of a scenario must begin on the weekdays that judged days fall on.
+
+    By distinct incidents: r4.2's ten incidents of scenario 3 all begin on a Thursday, which the
+    pooled days of all scenarios hide.
+    """
+    usable = opened[~opened["precursor"] & ~opened["ignore"]]
+    shares = usable["weekday"].value_counts(normalize=True)
+    first = usable[usable["malicious"]].sort_values("day").groupby("incident").first()
+    rows = []
+    for scenario in (1, 2, 3):
+        begun = first.loc[first["scenario"] == scenario, "weekday"].value_counts()
+        rows.append(_drawn_from(
+            f"weekday says nothing: scenario {scenario}", begun.reindex(shares.index, fill_value=0),
+            shares, f"incidents of scenario {scenario} by the weekday of their first day",
+            lambda n, rng: rng.multinomial(n, shares.to_numpy(), size=_DRAWS)))
+    return rows
+
+
+def _roles(opened: pd.DataFrame, seed: int) -> dict:
+    """Insiders of scenarios 1 and 2 must have the roles of everybody; 3 is an administrator's."""
+    people = _people(opened)
+    third = set(opened.loc[opened["malicious_insider"] & (opened["scenario"] == 3), "user"])
+    people = people[~people.index.isin(third)]
+    everybody = people["role"].value_counts()
+    insiders = people.loc[people["insider"], "role"].value_counts()
+    return _drawn_from(
+        "role says nothing: scenarios 1 and 2", insiders.reindex(everybody.index, fill_value=0),
+        everybody / max(1, len(people)), "insiders of scenarios 1 and 2 by role",
+        lambda n, rng: rng.multivariate_hypergeometric(
+            everybody.to_numpy(), n, size=_DRAWS, method="marginals"), seed=seed)
+
+
+def _drawn_from(check: str, got: pd.Series, shares: pd.Series, what: str,
+                draw: Callable[[int, np.random.Generator], np.ndarray], *, seed: int = 0) -> dict:
+    """Judge whether counts `got` could be one of `draw`'s, by chi-square over `shares`.
+
+    The p-value is the rank among the drawn, so it is right for few counts as well.
+    """
+    n = int(got.sum())
+    if n < _FEWEST:
+        return _cannot_tell(check, f"fewer than {_FEWEST} {what} ({n})")
+    expected = n * shares.to_numpy(float)
+
+    def distance(counts: np.ndarray) -> np.ndarray:
+        return ((counts - expected) ** 2 / expected).sum(axis=-1)
+
+    drawn = distance(draw(n, generator(seed, f"splits.audit {check}")))
+    p = (1 + (drawn >= distance(got.to_numpy()) - 1e-9).sum()) / (1 + len(drawn))
+    return _row(check, 1 - p, 0.999, f"1 - p of a chi-square test, {n} {what}; most often "
+                                     f"{got.idxmax()} ({got.max()})")
+
+
+def _past_days(opened: pd.DataFrame) -> dict:
+    """How long the account is known must not tell a malicious day among the judged ones."""
+    check, usable = "past_days says nothing", opened[~opened["precursor"] & ~opened["ignore"]]
     if usable.loc[usable["malicious"], "incident"].nunique() < _FEWEST:
         return _cannot_tell(check, f"fewer than {_FEWEST} incidents")
-    rate = usable.groupby("weekday")["malicious"].mean()
-    return _row(check, roc_auc_score(usable["malicious"], usable["weekday"].map(rate)), 0.6,
-                "ROC-AUC of the weekday's own rate (in sample)")
+    area = roc_auc_score(usable["malicious"], usable["past_days"])
+    return _row(check, max(area, 1 - area), 0.55,
+                f"ROC-AUC of past_days alone, which has {usable['past_days'].nunique()} values")
 
 
 def _near_duplicates(joined: pd.DataFrame) -> dict:

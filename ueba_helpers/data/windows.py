@@ -29,8 +29,11 @@ incident that the key leaves out: the scenario's behaviour on the insider's own 
 competitor between the labels; 3: hacking pages from 7 days before, drive or programs between the
 labels), and the insider's own day while acting through another account. The tail stays out: the
 same behaviour after the last label (scenario 2 goes on for some days) is a plain negative, since
-the key gives no end to count to. `ignore` marks days whose labelled rows are mail only and written
-by somebody else than the insider (innocent replies). Every build compares its labels with the key,
+the key gives no end to count to. `ignore` marks days that nobody is trained or judged on: days
+before the account's history is full (`full_history` says so: `past_days` reaches `history_days`),
+and days whose labelled rows are mail only and written by somebody else than the insider (innocent
+replies). A release begins with weeks that hold no label at all, so where a short history were
+judged, its length alone would prove a day benign. Every build compares its labels with the key,
 account-day by account-day, in both views.
 """
 
@@ -49,7 +52,7 @@ from ueba_helpers.data.cert import LOGS, Store
 from ueba_helpers.data.files import atomic_path, write_json
 from ueba_helpers.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 RISKS = ("normal", "suspicious", "malicious")
 UNKNOWN_ROLE = "unknown"
 _FEW_USERS = 50
@@ -77,7 +80,7 @@ RULE_FEATURES = (
     "past_max_attachments", "past_leak_days", "past_hack_days",
 )
 MEANING = {
-    "past_days": "active days in the history (at most history_days)",
+    "past_days": "active days in the history (at most history_days, so many on a judged day)",
     "past_first_hour": "median hour of the first event of a past day",
     "past_last_hour": "median hour of the last event of a past day",
     "past_pcs": "different PCs used on all earlier days",
@@ -223,6 +226,7 @@ assert set(_FEATURE_RULES) == set(FEATURES)
 _EXECUTABLE = "('exe', 'dll', 'msi', 'bat', 'com', 'scr', 'jar', 'vbs', 'ps1', 'cmd', 'sys')"
 _WINDOW_COLUMNS = (
     "window_id", "user", "day", "weekday", "role", "department", "ldap_month", "enough_history",
+    "full_history",
     *BEHAVIOUR_FEATURES, *PAST_FEATURES, *WEEK_FEATURES, *RULE_FEATURES,
     "malicious", "malicious_insider", "scenario", "incident", "precursor", "ignore",
 )
@@ -408,7 +412,7 @@ def _daily_sql(history_days: int) -> str:
     return _DAILY_SQL.format(sums=sums, past=",\n    ".join(past), history_days=int(history_days))
 
 
-def _window_sql(daily: str, min_history: int) -> str:
+def _window_sql(daily: str, min_history: int, history_days: int) -> str:
     """Return the SQL of whole windows from a relation of daily rows, the LDAP and the key.
 
     LDAP: the newest row of the user in a month strictly before the day's, or nothing.
@@ -431,13 +435,15 @@ def _window_sql(daily: str, min_history: int) -> str:
             ON d.user = before.user AND strftime(d.day, '%Y-%m') > before.month
     )
     SELECT d.window_id, d.user, d.day, d.weekday, d.role, d.department, d.ldap_month,
-        d.past_days >= {int(min_history)} AS enough_history, {columns},
+        d.past_days >= {int(min_history)} AS enough_history,
+        d.past_days >= {int(history_days)} AS full_history, {columns},
         key.user IS NOT NULL AS malicious,
         own.insider IS NOT NULL AS malicious_insider,
         coalesce(key.scenario, own.scenario, span.scenario, 0)::TINYINT AS scenario,
         coalesce(key.insider, own.insider, span.insider) AS incident,
         key.user IS NULL AND (own.insider IS NOT NULL OR span.insider IS NOT NULL) AS precursor,
-        coalesce(key.mail_only AND NOT key.by_insider, false) AS ignore
+        d.past_days < {int(history_days)}
+            OR coalesce(key.mail_only AND NOT key.by_insider, false) AS ignore
     FROM placed AS d
     LEFT JOIN key_days AS key ON d.user = key.user AND d.day = key.day
     LEFT JOIN insider_days AS own ON d.user = own.insider AND d.day = own.day
@@ -522,7 +528,8 @@ def behaviour(
         for buckets in passes:
             _view_part(connection, buckets, where=where)
             frames.append(
-                connection.execute(_window_sql(_daily_sql(history_days), min_history)).df()
+                connection.execute(
+                    _window_sql(_daily_sql(history_days), min_history, history_days)).df()
             )
     frame = pd.concat(frames, ignore_index=True)
     return frame[list(_WINDOW_COLUMNS)].sort_values(["user", "day"], ignore_index=True)
@@ -555,7 +562,7 @@ def build(
     out.mkdir(parents=True, exist_ok=True)
     _sweep(out)
     (out / "manifest.json").unlink(missing_ok=True)
-    sql = _window_sql(_daily_sql(history_days), min_history)
+    sql = _window_sql(_daily_sql(history_days), min_history, history_days)
     users = None if train_users is None else sorted(set(train_users))
     prefix = f"{_PARTS}{os.getpid()}-"
     with tempfile.TemporaryDirectory(dir=out, prefix=prefix) as name, connection:
@@ -837,6 +844,9 @@ def _counts(connection, out: Path) -> dict:
             count(*) FILTER (malicious) AS malicious,
             count(*) FILTER (malicious_insider) AS malicious_insider,
             count(*) FILTER (precursor) AS precursor, count(*) FILTER (ignore) AS ignore,
+            count(*) FILTER (NOT full_history) AS short_history,
+            count(*) FILTER (malicious AND NOT full_history) AS malicious_short_history,
+            count(*) FILTER (NOT precursor AND NOT ignore) AS judged,
             count(*) FILTER (risk = 'suspicious') AS suspicious,
             count(*) FILTER (risk = 'normal') AS normal,
             count(*) FILTER (malicious AND scenario = 1) AS malicious_scenario_1,
@@ -852,15 +862,16 @@ def ranking_truth(windows: pd.DataFrame, *, view: str = "account") -> pd.DataFra
 
     "account": positive where the row's own account is labelled; innocent replies are ignored.
     "insider": positive on the insider's own account; every other account's labelled day is
-    ignored. Precursor days are ignored in both. Raises `ValueError` for another view.
+    ignored. Precursor days and days with a short history are ignored in both. Raises `ValueError`
+    for another view.
     """
     if view not in ("account", "insider"):
         raise ValueError(f"view must be 'account' or 'insider', got {view!r}")
     if view == "account":
         positive = windows["malicious"] & ~windows["ignore"]
     else:
-        positive = windows["malicious_insider"]
-    ignore = (windows["precursor"] | windows["malicious"]) & ~positive
+        positive = windows["malicious_insider"] & windows["full_history"]
+    ignore = (windows["precursor"] | windows["malicious"] | ~windows["full_history"]) & ~positive
     return pd.DataFrame({"window_id": windows["window_id"], "positive": positive,
                          "ignore": ignore})
 

@@ -2,8 +2,9 @@
 
 In: sequence rewards `(B,)` or token rewards and values `(B, T)` with a completion mask.
 Out: advantages of the same shape. `B` counts completions, completions of one prompt stand together
-in groups of `group_size`; `T` counts completion tokens. Pure tensor functions without state; they
-refuse a batch that does not divide into groups and a scale they do not know.
+in groups of `group_size`; `T` counts completion tokens. A sequence reward of NaN stands for a
+completion that could not be scored. Pure tensor functions without state; they refuse a batch that
+does not divide into groups and a scale they do not know.
 """
 
 import torch
@@ -21,10 +22,23 @@ def _groups(rewards: Tensor, group_size: int) -> Tensor:
     return rewards.view(-1, group_size)
 
 
+def _mean(x: Tensor) -> Tensor:
+    return (x.nanmean if x.isnan().any() else x.mean)(-1, keepdim=True)
+
+
+def _deviation(x: Tensor) -> Tensor:
+    """Return the unbiased deviation over the last dimension, NaN left out; of one value, zero."""
+    if not x.isnan().any():
+        return x.std(-1) if x.size(-1) > 1 else torch.zeros_like(x[..., 0])
+    squares = ((x - _mean(x)) ** 2).nansum(-1)
+    return (squares / ((~x.isnan()).sum(-1) - 1).clamp(min=1)).sqrt()
+
+
 def reward_scale(rewards: Tensor, group_size: int, scale: str = "none") -> Tensor:
     """Return the divisor `(B,)` of the advantages: one, the group's or the batch's deviation.
 
-    The deviation is the unbiased one plus `EPSILON`; a single value has deviation zero.
+    The deviation is the unbiased one plus `EPSILON`; a single value has deviation zero, NaN is
+    left out.
 
     >>> reward_scale(torch.tensor([1., 1., 0., 0.]), 4, "none")
     tensor([1., 1., 1., 1.])
@@ -33,11 +47,9 @@ def reward_scale(rewards: Tensor, group_size: int, scale: str = "none") -> Tenso
     if scale == "none":
         return torch.ones_like(rewards)
     if scale == "group":
-        deviation = groups.std(1) if group_size > 1 else torch.zeros_like(groups[:, 0])
-        return deviation.repeat_interleave(group_size) + EPSILON
+        return _deviation(groups).repeat_interleave(group_size) + EPSILON
     if scale == "batch":
-        deviation = rewards.std() if rewards.numel() > 1 else torch.zeros(())
-        return (deviation + EPSILON).expand_as(rewards)
+        return (_deviation(rewards) + EPSILON).expand_as(rewards)
     raise ValueError(f"scale={scale!r} is unknown: legal values are {', '.join(SCALES)}")
 
 
@@ -46,14 +58,15 @@ def group_relative(rewards: Tensor, group_size: int, scale: str = "none") -> Ten
 
     `scale="group"` is the published form, A = (r - mean) / std (Shao et al. 2024,
     arXiv:2402.03300, section 4.1.2); `"none"` leaves the division out (Dr. GRPO, Liu et al. 2025,
-    arXiv:2503.20783); `"batch"` divides by the deviation of the whole batch.
+    arXiv:2503.20783); `"batch"` divides by the deviation of the whole batch. A reward of NaN is
+    left out of mean and deviation, its advantage is zero.
 
     >>> group_relative(torch.tensor([1., 1., 0., 0.]), 4)
     tensor([ 0.5000,  0.5000, -0.5000, -0.5000])
     """
     groups = _groups(rewards, group_size)
-    centred = (groups - groups.mean(1, keepdim=True)).reshape(-1)
-    return centred / reward_scale(rewards, group_size, scale)
+    centred = (groups - _mean(groups)).reshape(-1)
+    return (centred / reward_scale(rewards, group_size, scale)).masked_fill(rewards.isnan(), 0.0)
 
 
 def leave_one_out(rewards: Tensor, group_size: int) -> Tensor:

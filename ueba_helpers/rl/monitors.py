@@ -33,6 +33,7 @@ from ueba_helpers.task.rewards import (
     labels_per_answer,
     verdicts_of,
 )
+from ueba_helpers.task.verdicts import MAX_EVIDENCE
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +104,9 @@ METRICS: dict[str, tuple[str, str]] = {
                                "labels"),
     "text/valid_share": ("Share of completions that are valid verdicts.", "share"),
     "text/citations": ("Mean number of items that a valid verdict cites.", "items"),
-    "text/cited_share": ("Mean share of the items shown that a valid verdict cites.", "share"),
+    "text/cited_share": ("Mean number of items that a valid verdict cites, over what it could: "
+                         "those shown, and no more than a verdict may hold.", "share"),
+    "text/same_citation": ("Share of the alarms that cite the commonest set of ids.", "share"),
     "text/copy_rate": ("Mean share of a completion's runs of six words that stand in its prompt.",
                        "share"),
     "held_out/macro_f1": ("Macro-F1 on held-out windows, on steps where it is measured.", "1"),
@@ -193,10 +196,12 @@ class Thresholds:
     held_out_patience: int = 3  # own choice: evaluations compared with the latest
     reward_rise: float = 0.05  # own choice, in reward units
     macro_f1_rise: float = 0.005  # own choice
-    label_entropy: float = 0.2  # nats; three balanced labels have 1.10 (own choice)
+    held_out_drop: float = 0.1  # own choice: twice the error of macro-F1 on a hundred windows
+    label_entropy: float = 0.5  # nats; balanced labels have 1.10, one at 85 % 0.52 (own choice)
     labels_per_answer: float = 1.5  # an answer has one label (own choice)
     valid_share: float = 0.8  # own choice; a good start has 0.97
-    cited_share: float = 0.7  # own choice: honest verdicts cite a quarter of the items
+    cited_share: float = 0.7  # own choice: honest verdicts cite up to three of eight items
+    same_citation: float = 0.5  # own choice: what is odd stands at another place every day
     unique_share: float = 0.1  # own choice: all of G = 8 completions equal gives 0.125
     repetition: float = 0.5  # own choice
     copy_rate: float = 0.5  # own choice
@@ -248,6 +253,7 @@ class Health:
         self._first: dict[str, list[float]] = {}
         self._held_out: deque[tuple[float | None, float]] = deque(
             maxlen=limits.held_out_patience + 1)
+        self._best: float | None = None
         self._row: Mapping = {}
         self._active: set[str] = set()
 
@@ -268,6 +274,7 @@ class Health:
             recent = None if not reward else statistics.fmean(
                 list(reward)[-self.thresholds.window:])
             self._held_out.append((recent, float(macro_f1)))
+            self._best = max(float(macro_f1), -math.inf if self._best is None else self._best)
         found = {name: message for name, (_, check) in _CHECKS.items() if (message := check(self))}
         begun = [name for name in found if name not in self._active]
         self._active = set(found)
@@ -401,6 +408,15 @@ class Health:
                 f"held-out windows went from {f1:.3f} to {f1_now:.3f}: the policy may earn "
                 "reward without doing the task. Read some completions.")
 
+    def _held_out_drop(self) -> str | None:
+        if not self._held_out:
+            return None
+        now = self._held_out[-1][1]
+        if self._best is None or self._best - now <= self.thresholds.held_out_drop:
+            return None
+        return (f"Macro-F1 on held-out windows fell from {self._best:.3f} to {now:.3f}: the policy "
+                "unlearns the task. Go back to an earlier checkpoint and read what it says now.")
+
     def _one_label(self) -> str | None:
         now = self._mean("text/label_entropy")
         if now is None or now >= self.thresholds.label_entropy:
@@ -426,8 +442,15 @@ class Health:
         now = self._mean("text/cited_share")
         if now is None or now <= self.thresholds.cited_share:
             return None
-        return (f"Verdicts cite {now:.0%} of the items they are shown: check that false citations "
-                "cost something.")
+        return (f"Verdicts cite {now:.0%} of the items they could: check that false citations cost "
+                "something.")
+
+    def _same_citation(self) -> str | None:
+        now = self._mean("text/same_citation")
+        if now is None or now <= self.thresholds.same_citation:
+            return None
+        return (f"{now:.0%} of the alarms cite the same ids, whatever the prompt: evidence is "
+                "guessed by its place. Check that a right label for wrong reasons does not pay.")
 
     def _sameness(self) -> str | None:
         now = self._mean("text/unique_share")
@@ -462,10 +485,12 @@ _CHECKS: dict[str, tuple[str, Callable[[Health], str | None]]] = {
     "gradient": ("critical", Health._gradient),
     "critic_gradient": ("critical", Health._critic_gradient),
     "hack_suspicion": ("critical", Health._hack),
+    "held_out_drop": ("critical", Health._held_out_drop),
     "one_label": ("warning", Health._one_label),
     "all_labels": ("warning", Health._all_labels),
     "invalid": ("warning", Health._invalid),
     "citing": ("warning", Health._citing),
+    "same_citation": ("warning", Health._same_citation),
     "sameness": ("warning", Health._sameness),
     "repetition": ("warning", Health._repetition),
     "copying": ("warning", Health._copying),
@@ -678,8 +703,10 @@ def text_metrics(completions: Sequence[Completion], prompts: Sequence[Completion
              else " ".join(str(message.get("content") or "") for message in prompt)
              for prompt in prompts]
     verdicts = verdicts_of(completions, evidence_ids, style)
-    cited = [len(verdict.evidence) / len(ids)
+    cited = [len(verdict.evidence) / min(len(ids), MAX_EVIDENCE)
              for verdict, ids in zip(verdicts, evidence_ids, strict=True) if verdict.valid and ids]
+    alarmed = Counter(frozenset(verdict.evidence) for verdict in verdicts
+                      if verdict.valid and verdict.risk != "normal")
     count = max(1, len(texts))
     return {
         "text/repetition": math.fsum(map(repetition_share, texts)) / count,
@@ -690,6 +717,7 @@ def text_metrics(completions: Sequence[Completion], prompts: Sequence[Completion
         "text/valid_share": sum(verdict.valid for verdict in verdicts) / count,
         "text/citations": citations_per_answer(verdicts),
         "text/cited_share": statistics.fmean(cited) if cited else math.nan,
+        "text/same_citation": max(alarmed.values()) / alarmed.total() if alarmed else math.nan,
         "text/copy_rate": math.fsum(map(copy_rate, texts, shown)) / count,
     }
 

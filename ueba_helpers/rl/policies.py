@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
@@ -35,6 +36,8 @@ from ueba_helpers.rl.settings import PolicySettings
 
 # One bar per checkpoint says nothing about a study, and fills notebooks and logs.
 disable_progress_bar()
+
+REFERENCE_ADAPTER = "ref"  # TRL's name for it
 
 PAD, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
@@ -203,9 +206,17 @@ class Critic(nn.Module):
         return values_of(self.head, states)
 
 
+class _Float32Linear(nn.Linear):
+    """A linear map that stays float32 where autocast lowers every other one."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        with torch.autocast(states.device.type, enabled=False):
+            return super().forward(states.float())
+
+
 def value_head(hidden_size: int) -> nn.Linear:
     """Return a float32 linear map from a hidden state to its value, zero at the start."""
-    head = nn.Linear(hidden_size, 1, dtype=torch.float32)
+    head = _Float32Linear(hidden_size, 1, dtype=torch.float32)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     return head
@@ -213,7 +224,19 @@ def value_head(hidden_size: int) -> nn.Linear:
 
 def values_of(head: nn.Module, states: Tensor) -> Tensor:
     """Return `(B, T)` float32 values of `(B, T, H)` states."""
-    return head(states.float()).squeeze(-1)
+    return head(states).squeeze(-1)
+
+
+def add_reference_adapter(policy: PeftModel) -> None:
+    """Keep the adapter a policy arrives with as its frozen reference, beside the trained one."""
+    active = policy.active_adapter
+    if REFERENCE_ADAPTER not in policy.peft_config:
+        policy.add_adapter(REFERENCE_ADAPTER, policy.peft_config[active])
+    for name, parameter in policy.named_parameters():
+        if f".{active}." in name:
+            kept = policy.get_parameter(name.replace(f".{active}.", f".{REFERENCE_ADAPTER}."))
+            kept.data.copy_(parameter.data)
+            kept.requires_grad_(False)
 
 
 def make_critic(policy: PreTrainedModel) -> Critic:
@@ -223,6 +246,9 @@ def make_critic(policy: PreTrainedModel) -> Critic:
     billions of weights would cost several times what the policy does.
     """
     backbone = copy.deepcopy(backbone_of(policy))
+    for module in backbone.modules():  # the critic reads no reference
+        if isinstance(module, BaseTunerLayer):
+            module.delete_adapter(REFERENCE_ADAPTER)  # nothing where there is none
     adapted = isinstance(policy, PeftModel)
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad_(not adapted or "lora_" in name)

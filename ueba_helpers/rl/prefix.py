@@ -51,18 +51,33 @@ def backbone_of(model: nn.Module) -> nn.Module:
     return inner.base_model if isinstance(inner, PreTrainedModel) else inner
 
 
-def shareable(model: nn.Module) -> str | None:
-    """Return why the prefix of this model cannot be shared, or None where it can."""
+# What Transformers' models do to logits between the head and the softmax, by configuration field.
+_BEHIND_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier",
+                "logits_mup_width_multiplier", "logits_soft_cap", "output_logit_soft_cap",
+                "output_multiplier")
+
+
+def shareable(model: nn.Module, *, gradients: bool = True) -> str | None:
+    """Return why the prefix of this model cannot be shared, or None where it can.
+
+    Without `gradients` only what also stands against sampling and scoring counts.
+    """
     backbone = backbone_of(model)
     if not isinstance(backbone, PreTrainedModel):
         return f"{type(backbone).__name__} is not a Transformers model"
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        return "a learned prompt is put before the words by the adapter's own forward"
     if backbone.is_gradient_checkpointing and backbone.training:
         return "gradient checkpointing keeps no cache"
     config = backbone.config.get_text_config()
+    for name in _BEHIND_HEAD:
+        if getattr(config, name, None) not in (None, 0, 1):
+            return f"{name}={getattr(config, name)} changes logits behind the head"
     layer_types = getattr(config, "layer_types", None) or ["full_attention"]
     if set(layer_types) != {"full_attention"}:
         return "a sliding window or a recurrent layer forgets part of the prompt"
-    if "unsloth" in type(backbone).__module__ or "unsloth" in backbone.forward.__module__:
+    if gradients and ("unsloth" in type(backbone).__module__
+                      or "unsloth" in backbone.forward.__module__):
         return "Unsloth's forward takes no cache with gradients"
     return None
 

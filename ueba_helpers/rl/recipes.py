@@ -45,6 +45,7 @@ from ueba_helpers.rl.monitors import (
     with_text_metrics,
 )
 from ueba_helpers.rl.policies import (
+    REFERENCE_ADAPTER,
     Critic,
     load_policy,
     load_tokenizer,
@@ -264,7 +265,10 @@ def save_policy(model: PreTrainedModel, tokenizer, folder: Path | str) -> Path:
     """Write a policy (or its adapters) and its tokenizer as an ordinary checkpoint, atomically."""
     folder = Path(folder)
     with atomic_path(folder) as temporary:
-        model.save_pretrained(temporary, safe_serialization=True)
+        if isinstance(model, PeftModel):  # not the reference beside it
+            model.save_pretrained(temporary, selected_adapters=[model.active_adapter])
+        else:
+            model.save_pretrained(temporary, safe_serialization=True)
         tokenizer.save_pretrained(temporary)
     return folder
 
@@ -297,10 +301,13 @@ def memory_by_part(trainer) -> dict[str, int]:
     released after the step.
     """
     bare = trainer.accelerator.unwrap_model(trainer.model)
-    parts = {"weights": tensor_bytes(bare.parameters()),
+    reference = {name: tensor for name, tensor in bare.named_parameters()
+                 if f".{REFERENCE_ADAPTER}." in name}
+    parts = {"weights": tensor_bytes(tensor for name, tensor in bare.named_parameters()
+                                     if name not in reference),
              "gradients": sum(p.numel() * p.element_size() for p in bare.parameters()
                               if p.requires_grad),
-             "critic": 0, "critic_gradients": 0, "reference": 0}
+             "critic": 0, "critic_gradients": 0, "reference": tensor_bytes(reference.values())}
     if isinstance(trainer, PPOTrainer):
         critic = list(trainer.critic.parameters())
         parts["critic"] = tensor_bytes(critic)

@@ -30,6 +30,7 @@ from ueba_helpers.rl.prefix import (
     continued_states,
     group_prompts,
     prefill,
+    shareable,
 )
 from ueba_helpers.rl.prefix import token_log_probs as log_probs_of
 from ueba_helpers.task.verdicts import RISKS, Verdict, parse_verdict
@@ -144,6 +145,9 @@ class _RoomyLayer(DynamicLayer):
 
 
 def _begin(model, prompts, pad_token_id) -> _Begun:
+    if reason := shareable(model, gradients=False):
+        raise UserError(f"{type(model).__name__} cannot be sampled or scored with a shared prefix: "
+                        f"{reason}. Use a model without it.")
     groups = group_prompts(*pad_left(prompts, pad_token_id, next(model.parameters()).device))
     cache, last = prefill(backbone_of(model), groups)
     return _Begun(groups, [(layer.keys, layer.values) for layer in cache.layers], last)

@@ -15,39 +15,47 @@ on-policy actor updates that differ in the baseline.
 
 Refused: reward functions that raise, return the wrong number of values, NaN or anything but
 numbers; group sizes that do not divide the batch; prompts longer than the context; a critic that
-reads another vocabulary.
+reads another vocabulary; resuming from inside a rollout, which no checkpoint holds.
 """
 
 import copy
-import functools
-import inspect
 import math
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import trl
 from accelerate.logging import get_logger
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length, rotate_checkpoints
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import (
     RepeatSampler,
+    get_callable_name,
+    is_async_callable,
     split_pixel_values_by_grid,
     split_tensor_dict,
     unsplit_pixel_values_by_grid,
+    use_adapter,
 )
 
 from ueba_helpers.data.seeding import derived_seed, generator
 from ueba_helpers.errors import UserError
 from ueba_helpers.rl import advantages as estimators
 from ueba_helpers.rl.checkpoints import load_critic, save_critic, seal
-from ueba_helpers.rl.policies import make_critic, value_head, values_of
+from ueba_helpers.rl.policies import (
+    REFERENCE_ADAPTER,
+    add_reference_adapter,
+    make_critic,
+    value_head,
+    values_of,
+)
 from ueba_helpers.rl.prefix import backbone_of, completion_states, shareable, token_log_probs
 from ueba_helpers.rl.rollouts import generate
 
@@ -93,6 +101,13 @@ class PolicyGradientConfig(trl.GRPOConfig):
         if self.kl_coef < 0:
             raise UserError(f"kl_coef={self.kl_coef} is not possible: legal values are 0 and more.")
         self.beta = self.kl_coef if self.kl_placement == "loss" else 0.0
+        if self.multi_objective_aggregation != "sum_then_normalize":
+            raise UserError(f"multi_objective_aggregation={self.multi_objective_aggregation!r} is "
+                            "not possible: rewards are weighed and summed first, as with "
+                            "'sum_then_normalize'.")
+        if self.sync_ref_model:
+            raise UserError("sync_ref_model=True is not possible: the KL is to the policy that "
+                            "training began with, which stays as it is.")
         scale = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
         if scale not in self._scales:
             raise UserError(f"scale_rewards={scale!r} is not possible: legal values are "
@@ -154,77 +169,101 @@ class PPOConfig(PolicyGradientConfig):
 
 def _checked(reward_func: Callable) -> Callable:
     """Return the reward function with its output checked; the error names the function."""
-    name = reward_func.__name__
+    name = get_callable_name(reward_func)
 
-    def check(values, expected):
-        if isinstance(values, str | bytes) or not isinstance(values, list | tuple | Tensor):
-            raise UserError(f"reward function {name} returned {type(values).__name__}: it must "
-                            "return a list with one number or None per completion.")
-        values = values.tolist() if isinstance(values, Tensor) else list(values)
-        if len(values) != expected:
-            raise UserError(f"reward function {name} returned {len(values)} values for "
-                            f"{expected} completions.")
-        for i, value in enumerate(values):
-            if value is None:
-                continue
-            try:
-                finite = not isinstance(value, str) and math.isfinite(value)
-            except TypeError:
-                finite = False
-            if not finite:
-                raise UserError(f"reward function {name} returned {value!r} for completion {i}: "
-                                "values must be finite numbers or None.")
-        return values
-
-    if inspect.iscoroutinefunction(reward_func):
-        @functools.wraps(reward_func)
-        async def checked_async(*args, **kwargs):
-            return check(await reward_func(*args, **kwargs), len(kwargs["completions"]))
-        return checked_async
-
-    @functools.wraps(reward_func)
-    def checked(*args, **kwargs):
+    @contextmanager
+    def named():
         try:
-            values = reward_func(*args, **kwargs)
+            yield
         except UserError:
             raise
         except Exception as error:
             raise UserError(f"reward function {name} raised {type(error).__name__}: {error}"
                             ) from error
-        return check(values, len(kwargs["completions"]))
+
+    def check(found, expected):
+        values = found.tolist() if isinstance(found, Tensor | np.ndarray) else found
+        if not isinstance(values, list | tuple):
+            raise UserError(f"reward function {name} returned {type(found).__name__}: it must "
+                            "return a list with one number or None per completion.")
+        if len(values) != expected:
+            raise UserError(f"reward function {name} returned {len(values)} values for "
+                            f"{expected} completions.")
+        return [_number(value, name, i) for i, value in enumerate(values)]
+
+    if is_async_callable(reward_func):
+        async def checked(*args, **kwargs):
+            with named():
+                values = await reward_func(*args, **kwargs)
+            return check(values, len(kwargs["completions"]))
+    else:
+        def checked(*args, **kwargs):
+            with named():
+                values = reward_func(*args, **kwargs)
+            return check(values, len(kwargs["completions"]))
+    checked.__name__ = name
     return checked
+
+
+def _number(value, name: str, row: int) -> float | None:
+    if value is None:
+        return None
+    try:
+        number = math.nan if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"reward function {name} returned {value!r} for completion {row}: "
+                        "values must be finite numbers or None.")
+    return number
 
 
 class PolicyGradientTrainer(trl.GRPOTrainer):
     """What PPO and GRPO share: rollouts, rewards, reference, shared prefix, clipped surrogate."""
 
-    def __init__(self, model, reward_funcs, args=None, **kwargs):
+    def __init__(self, model, reward_funcs=None, args=None, *others, **kwargs):
         if args is None:
             args = self.config_class(output_dir=f"runs/{self._name.lower()}")
         if not isinstance(args, self.config_class):
-            raise UserError(f"args must be a {self.config_class.__name__}, got "
-                            f"{type(args).__name__}.")
+            wanted, got = self.config_class, type(args)
+            raise UserError(f"args must be a {wanted.__module__}.{wanted.__name__}, got a "
+                            f"{got.__module__}.{got.__name__}.")
         funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        funcs = [_checked(f) if inspect.isfunction(f) else f for f in funcs]
+        funcs = [_checked(f) if callable(f) and not isinstance(f, nn.Module) else f
+                 for f in funcs if f is not None]
+        if args.kl_coef and isinstance(model, PeftModel):
+            add_reference_adapter(model)
         # TRL would read a second copy of the weights from disk for the reference; the copy is
         # made in memory below, so that a model without a folder can be trained too.
         wanted_beta, args.beta = args.beta, 0.0
-        super().__init__(model=model, reward_funcs=funcs, args=args, **kwargs)
+        super().__init__(model, funcs, args, *others, **kwargs)
         self.args.beta = self.beta = wanted_beta
         self.scale_rewards = "none"  # of TRL's own advantages, which _advantages replaces
         self.use_sampler = self._can_sample_here()
         self._why_plain = self._reason_for_plain_path()
-        if self._why_plain:
-            logger.info(f"prompts are not shared: {self._why_plain}")
+        if self._why_plain and args.shared_prefix:
+            logger.warning(f"prompts are not shared: {self._why_plain}")
+        if self._is_vlm and (self._name == "PPO"
+                             or (args.kl_coef and args.kl_placement == "reward")):
+            blind = ("PPO: its critic" if self._name == "PPO"
+                     else "kl_placement='reward': its reference")
+            raise UserError(f"a processing_class for images cannot be used with {blind} would not "
+                            "see them.")
         self._redirect = _ForwardRedirection()
         self._reference = None
         if args.kl_coef and not isinstance(self._bare_model(), PeftModel):
+            if args.cast_lm_head_to_fp32:
+                raise UserError("cast_lm_head_to_fp32=True is not possible with kl_coef > 0: the "
+                                "head of the reference, a copy, would compute with the policy's "
+                                "weights.")
             reference = copy.deepcopy(self._bare_model()).requires_grad_(False).eval()
             self._reference = self.accelerator.prepare_model(reference, evaluation_mode=True)
             self.ref_model = self._reference if self.beta else None
         self._rewards_per_func: Tensor | None = None
         self._scored: dict[str, Tensor] = {}
         self._evaluation_draws = 0
+        self._rollout_calls = (-1, 0)  # the optimiser step and how often it has sampled
+        self.add_callback(_StepBoundaries(self))
 
     config_class = PolicyGradientConfig
 
@@ -308,24 +347,33 @@ class PolicyGradientTrainer(trl.GRPOTrainer):
         if not self.use_sampler or images is not None or multimodal_fields:
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields,
                                                  num_generations, has_tool_images)
-        step = self.state.global_step
-        if self._mode == "train":
-            draws = generator(self.args.seed, "rollouts", step)
-        else:
-            self._evaluation_draws += 1
-            draws = generator(self.args.seed, f"evaluation rollouts {step}",
-                              self._evaluation_draws)
-        rows, rank = len(prompt_ids), self.accelerator.process_index
-        uniforms = draws.random((rows * self.accelerator.num_processes,
-                                 self.max_completion_length))
+        uniforms = self._uniforms(len(prompt_ids))
         with self.accelerator.autocast():
             done = generate(self._bare_model(), prompt_ids,
                             max_new_tokens=self.max_completion_length,
                             eos_token_ids=self.eos_token_ids,
                             pad_token_id=self._tokenizer.pad_token_id,
-                            temperature=self.temperature,
-                            uniforms=uniforms[rank * rows:(rank + 1) * rows])
+                            temperature=self.temperature, uniforms=uniforms)
         return done.ids, done.log_probs
+
+    def _uniforms(self, rows: int) -> np.ndarray:
+        """Return this rank's draws `(rows, max_completion_length)` of the next call."""
+        step, ranks = self.state.global_step, self.accelerator.num_processes
+        if self._mode == "train":
+            at, calls = self._rollout_calls
+            call = calls if at == step else 0
+            self._rollout_calls = (step, call + 1)
+            draws = generator(self.args.seed, f"rollouts {call}" if call else "rollouts", step)
+            # Turns with tools sample fewer rows, on each rank another number of them.
+            rows_per_rank = max(rows, self.args.generation_batch_size // ranks)
+        else:
+            self._evaluation_draws += 1
+            draws = generator(self.args.seed, f"evaluation rollouts {step}",
+                              self._evaluation_draws)
+            rows_per_rank = rows
+        first = self.accelerator.process_index * rows_per_rank
+        uniforms = draws.random((first + rows, self.max_completion_length))
+        return uniforms[first:]
 
     def evaluate(self, *args, **kwargs):
         self._evaluation_draws = 0
@@ -345,9 +393,10 @@ class PolicyGradientTrainer(trl.GRPOTrainer):
         advantages = self._advantages(rollout, mask, scores, scorable, in_reward * token_kl)
         keep = scorable.float() if advantages.dim() == 1 else scorable.float().unsqueeze(1)
         rollout["advantages"] = advantages * keep
+        self._log_advantages(rollout["advantages"], mask)
         count = self._sum_over_ranks(torch.tensor(float(mask.size(0))))
         tokens = self._sum_over_ranks(mask.sum())
-        if self.args.kl_coef:  # else no reference was asked, and a logged zero would be a lie
+        if self.args.kl_coef and not self._is_vlm:  # else a logged zero would be a lie
             total = self._sum_over_ranks(token_kl.sum())
             self._log("kl_to_reference/per_completion", total / count)
             self._log("kl_to_reference/per_token", total / tokens)
@@ -357,25 +406,31 @@ class PolicyGradientTrainer(trl.GRPOTrainer):
                                        (rollout["advantages"].abs() * mask.sum(1)).sum()) / tokens)
         return rollout
 
+    def _log_advantages(self, advantages: Tensor, mask: Tensor) -> None:
+        """Put ours, a completion's mean where there is one per token, in place of TRL's."""
+        if advantages.dim() == 2:
+            advantages = (advantages * mask).sum(1) / mask.sum(1).clamp(min=1)
+        found, logged = self.accelerator.gather(advantages).tolist(), self._logs["advantages"]
+        for _ in range(min(len(found), len(logged))):
+            logged.pop()
+        logged.extend(found)
+
     def _group_size(self) -> int:
         return self.num_generations if self._mode == "train" else self.num_generations_eval
 
     def _scores(self, rollout) -> tuple[Tensor, Tensor]:
-        """Return this rank's weighted reward sums `(B,)` and which completions have one."""
+        """Return this rank's weighted reward sums `(B,)`, NaN without any, and where there is one.
+        """
         weighted = self._rewards_per_func * self.reward_weights.to(self.accelerator.device)
         unscorable = torch.isnan(weighted).all(1)
         totals = weighted.nansum(1)
-        if unscorable.any():  # the group's mean carries no signal, zero might
-            groups = totals.masked_fill(unscorable, math.nan).view(-1, self._group_size())
-            means = groups.nanmean(1, keepdim=True).nan_to_num(0.0).expand_as(groups).reshape(-1)
-            totals = torch.where(unscorable, means, totals)
         if not torch.isfinite(totals).all():
             raise UserError("the weighted sum of the rewards is not finite: check the reward "
                             f"models and reward_weights={self.reward_weights.tolist()}.")
         rows = rollout["completion_ids"].size(0)
         here = slice(self.accelerator.process_index * rows,
                      (self.accelerator.process_index + 1) * rows)
-        scores = totals[here].clone()
+        scores = totals.masked_fill(unscorable, math.nan)[here].clone()
         if self.args.missing_eos_penalty:
             ends = torch.tensor(self.eos_token_ids, device=scores.device)
             ended = (torch.isin(rollout["completion_ids"], ends)
@@ -385,18 +440,20 @@ class PolicyGradientTrainer(trl.GRPOTrainer):
 
     def _token_kl(self, rollout, mask) -> Tensor:
         """Return k1 per token `(B, T)`, log policy minus log reference at rollout time."""
-        if not self.args.kl_coef:
+        if not self.args.kl_coef or self._is_vlm:
             return torch.zeros_like(mask)
-        log_policy = rollout.get("sampling_per_token_logps")
-        if log_policy is None:
-            log_policy = rollout.get("old_per_token_logps")
+        log_policy = rollout.get("old_per_token_logps")
+        if log_policy is None:  # of the same policy, unless another engine sampled
+            log_policy = rollout.get("sampling_per_token_logps")
         if log_policy is None:
             log_policy = self._rollout_log_probs(self.model, rollout)
         log_reference = rollout.get("ref_per_token_logps")
         if log_reference is None:
-            bare = self._bare_model()
-            adapters_off = bare.disable_adapter() if self._reference is None else nullcontext()
-            with adapters_off:
+            bare, context = self._bare_model(), nullcontext()
+            if self._reference is None:
+                arrived = REFERENCE_ADAPTER in bare.peft_config
+                context = use_adapter(bare, REFERENCE_ADAPTER if arrived else None)
+            with context:
                 log_reference = self._rollout_log_probs(self._reference or self.model, rollout)
         return estimators.kl_estimate(log_policy, log_reference, "k1") * mask
 
@@ -422,18 +479,35 @@ class PolicyGradientTrainer(trl.GRPOTrainer):
     # -- checkpoints --------------------------------------------------------------------------
 
     def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
+        # Trainer would delete the checkpoint before this one while this one is not sealed yet.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()  # other ranks write their random states
         if self.args.should_save:
-            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            folder = Path(self._get_output_dir(trial=trial)) / name
+            run = Path(self._get_output_dir(trial=trial))
+            folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             self.save_beside_policy(folder)
             seal(folder)
+            rotate_checkpoints(str(run), limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        bare = self._bare_model()
+        if isinstance(bare, PeftModel) and REFERENCE_ADAPTER in bare.peft_config:
+            # Of several adapters Trainer reads those in folders of their own: the reference alone.
+            bare.load_adapter(resume_from_checkpoint, bare.active_adapter, is_trainable=True)
 
     def save_beside_policy(self, folder: Path | str) -> None:
         """Write what the algorithm trains beside the policy into a folder (PPO's critic)."""
 
     def load_beside_policy(self, folder: Path | str) -> None:
         """Read what `save_beside_policy` wrote."""
+
+    def zero_beside_policy(self) -> None:
+        """Clear the gradients of what is trained beside the policy."""
 
     # -- log-probabilities and loss -----------------------------------------------------------
 
@@ -467,8 +541,16 @@ class PolicyGradientTrainer(trl.GRPOTrainer):
             entropies.append(entropy)
             states.append(state)
         result = torch.cat(log_probs)
-        self._scored = {"log_probs": result.detach(), "states": torch.cat(states)}
+        self._scored = {"log_probs": result.detach()}
+        if getattr(self.args, "critic", None) == "shared":
+            self._scored["states"] = torch.cat(states)
         return result, torch.cat(entropies) if compute_entropy else None, None
+
+    def log(self, logs, start_time=None):
+        for metrics in self._metrics.values():  # TRL logs the mean of what it finds here
+            if metrics.get("ratio/max"):
+                metrics["ratio/max"] = [max(metrics["ratio/max"])]
+        super().log(logs, start_time)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         bare = self.accelerator.unwrap_model(model)
@@ -518,9 +600,47 @@ class _AddressedRepeatSampler(RepeatSampler):
     def __iter__(self):
         if self.shuffle:
             batches = len(self) // (self.batch_size * self.mini_repeat_count)
-            seen = self._trainer.state.global_step * self._trainer.args.gradient_accumulation_steps
-            self.generator.manual_seed(derived_seed(self.seed, "prompt order", seen // batches))
+            steps = math.ceil(batches / self._trainer.args.gradient_accumulation_steps)
+            epoch = self._trainer.state.global_step // steps
+            self.generator.manual_seed(derived_seed(self.seed, "prompt order", epoch))
         return super().__iter__()
+
+
+class _StepBoundaries(TrainerCallback):
+    """Clear the critic's gradients after each step; save only where a rollout is used up.
+
+    A checkpoint holds no rollout: training resumed inside one would draw another. The last step
+    is saved wherever it falls, to be used and not to be resumed from.
+    """
+
+    def __init__(self, trainer: PolicyGradientTrainer):
+        self._trainer, self._due = trainer, False
+
+    def _rollout_steps(self) -> int:
+        return self._trainer.args.steps_per_generation * self._trainer.num_iterations
+
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        trainer = self._trainer
+        trainer._step, trainer._buffered_inputs, self._due = 0, None, False
+        trainer.zero_beside_policy()
+        accumulation = args.gradient_accumulation_steps
+        steps = state.global_step
+        if has_length(train_dataloader):
+            steps %= math.ceil(len(train_dataloader) / accumulation)
+        if steps * accumulation % self._rollout_steps():
+            raise UserError(f"a checkpoint of step {state.global_step} cannot be resumed from: it "
+                            f"lies inside a rollout of {self._rollout_steps()} micro-batches "
+                            "(steps_per_generation times num_iterations). Resume from an earlier "
+                            "one.")
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self._trainer.zero_beside_policy()  # Trainer zeroes `model`, which it is no part of
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._due = self._due or control.should_save
+        used_up = self._trainer._step % self._rollout_steps() == 0
+        control.should_save = self._due and (used_up or state.global_step >= state.max_steps)
+        self._due = self._due and not control.should_save
 
 
 def _loss_mask(batch) -> Tensor:
@@ -574,9 +694,9 @@ class PPOTrainer(PolicyGradientTrainer):
     _name = "PPO"
     config_class = PPOConfig
 
-    def __init__(self, model, reward_funcs, args=None, *, value_model: nn.Module | None = None,
-                 **kwargs):
-        super().__init__(model, reward_funcs, args, **kwargs)
+    def __init__(self, model, reward_funcs=None, args=None, *others,
+                 value_model: nn.Module | None = None, **kwargs):
+        super().__init__(model, reward_funcs, args, *others, **kwargs)
         bare = self._bare_model()
         if self.args.critic == "shared":
             if value_model is not None:
@@ -588,7 +708,11 @@ class PPOTrainer(PolicyGradientTrainer):
                                 "critic='separate'.")
             critic = value_head(bare.config.get_text_config().hidden_size)
         else:
-            critic = value_model or make_critic(bare)
+            critic = make_critic(bare) if value_model is None else value_model
+            if not isinstance(getattr(critic, "backbone", None), PreTrainedModel | PeftModel):
+                raise UserError(f"value_model is a {type(critic).__name__} without a transformer "
+                                "as its `backbone`: give a ueba_helpers.rl.policies.Critic, or a "
+                                "module that is called like it.")
             vocabulary = bare.get_input_embeddings().num_embeddings
             found = critic.backbone.get_input_embeddings().num_embeddings
             if found != vocabulary:
@@ -623,7 +747,7 @@ class PPOTrainer(PolicyGradientTrainer):
 
     def _advantages(self, rollout, mask, scores, scorable, penalties):
         values = self._rollout_values(rollout, mask)
-        rewards = estimators.terminal_rewards(scores, mask) - penalties
+        rewards = estimators.terminal_rewards(scores.where(scorable, 0.0), mask) - penalties
         args = self.args
         advantages, returns = estimators.gae(rewards, values, mask, args.gamma, args.lam)
         if args.critic_lam != args.lam:
@@ -632,7 +756,7 @@ class PPOTrainer(PolicyGradientTrainer):
         rollout["value_mask"] = mask * scorable.float().unsqueeze(1)
         self._log_critic(values, returns, rollout["value_mask"])
         if args.scale_rewards == "whiten":
-            return self._whiten(advantages, mask)
+            return self._whiten(advantages, rollout["value_mask"])
         totals = self._gathered_returns(scores, penalties)
         scale = estimators.reward_scale(totals, self._group_size(), args.scale_rewards)
         # Rewards that are all but equal have no deviation to divide by; R - V need not be small.
@@ -641,9 +765,10 @@ class PPOTrainer(PolicyGradientTrainer):
 
     def _whiten(self, advantages: Tensor, mask: Tensor) -> Tensor:
         """`estimators.whiten` over all ranks."""
-        count = self._sum_over_ranks(mask.sum())
+        count = self._sum_over_ranks(mask.sum()).clamp(min=1)
         mean = self._sum_over_ranks((advantages * mask).sum()) / count
-        variance = self._sum_over_ranks(((advantages - mean) ** 2 * mask).sum()) / (count - 1)
+        variance = (self._sum_over_ranks(((advantages - mean) ** 2 * mask).sum())
+                    / (count - 1).clamp(min=1))
         return ((advantages - mean) * torch.rsqrt(variance + 1e-8) * mask).to(advantages.dtype)
 
     def _log_critic(self, values, returns, mask) -> None:
@@ -689,12 +814,16 @@ class PPOTrainer(PolicyGradientTrainer):
     # -- the critic's optimiser group, gradients and checkpoints --------------------------------
 
     def create_optimizer(self, *args, **kwargs):
-        missing = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
-        if missing:
-            optimizer.add_param_group({
-                "params": [p for p in self.critic.parameters() if p.requires_grad],
-                "lr": self.args.critic_learning_rate, "weight_decay": 0.0})
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        absent = [p for p in self.critic.parameters() if p.requires_grad and id(p) not in known]
+        if absent:
+            if self.lr_scheduler is not None:
+                raise UserError("optimizers=(optimizer, scheduler) leaves out the critic's "
+                                "weights, and a scheduler takes no new group: give "
+                                "(optimizer, None).")
+            optimizer.add_param_group({"params": absent, "lr": self.args.critic_learning_rate,
+                                       "weight_decay": 0.0})
         return optimizer
 
     def create_scheduler(self, num_training_steps, optimizer=None):
@@ -710,17 +839,15 @@ class PPOTrainer(PolicyGradientTrainer):
             ] * (len(scheduler.lr_lambdas) - 1)
         return scheduler
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        if self._step % self.current_gradient_accumulation_steps == 0:
-            # Trainer zeroes `model`, which the critic is no part of.
-            self.critic.zero_grad(set_to_none=True)
-        return super().training_step(model, inputs, num_items_in_batch)
+    def zero_beside_policy(self):
+        self.critic.zero_grad(set_to_none=True)
 
     def _clip_grad_norm(self, model):
-        norm = self.accelerator.clip_grad_norm_(self.critic.parameters(),
-                                                self.args.max_grad_norm)
-        self._log("critic/grad_norm", norm)
-        return super()._clip_grad_norm(model)
+        policy_norm = super()._clip_grad_norm(model)
+        # With fp16 the line above took the loss scale off both; Accelerate refuses to do it twice.
+        self._log("critic/grad_norm", nn.utils.clip_grad_norm_(self.critic.parameters(),
+                                                               self.args.max_grad_norm))
+        return policy_norm
 
     def save_beside_policy(self, folder):
         save_critic(self.accelerator.unwrap_model(self.critic), folder)

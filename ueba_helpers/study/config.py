@@ -51,7 +51,7 @@ class SimulateSettings:
         require(self.users >= 20 and self.users >= 3 * sum(self.insiders), "users", self.users,
                 f"20 and more, and at least three times the insiders ({3 * sum(self.insiders)})")
         require(self.days >= 60, "days", self.days,
-                "60 and more (40 days of history come before the first label)")
+                "60 and more (weeks of history come before the first label)")
         require(self.web_rate > 0, "web_rate", self.web_rate, "above 0")
         require(0 <= self.hardness <= 1, "hardness", self.hardness, "0 to 1")
         require(0 <= self.label_noise <= 0.9, "label_noise", self.label_noise, "0 to 0.9")
@@ -59,7 +59,10 @@ class SimulateSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class WindowSettings:
-    """How account-days are described: days of own past, and how rare a deviation has to be."""
+    """How account-days are described: days of own past, and how rare a deviation has to be.
+
+    Days with fewer than `history_days` active days before them are neither trained nor judged on.
+    """
 
     deviation_share: float = 0.03
     history_days: int = 30
@@ -174,6 +177,7 @@ _PROFILES = (
     Profile(
         name="smoke", about="every notebook in a few minutes: checks that all runs, proves nothing",
         simulate=SimulateSettings(users=40, days=60, insiders=(4, 4, 2), web_rate=0.2),
+        windows=WindowSettings(history_days=15, min_history=10),  # of 60 days some must be judged
         evaluation=EvaluationSettings(headline_per_class=12, n_benign=40, dev_per_class=8,
                                       dev_benign=24, bootstrap=100),
         policy=PolicySettings(vocab_size=1024, hidden_size=64, layers=2),

@@ -66,8 +66,9 @@ def attack_flips(asked: pd.DataFrame, risk: Sequence[str], *, by: str = "place",
 
     `risk` holds the risks said about the windows of `attacked_windows`, in their order. Columns:
     attacks, attack (share of changed verdicts), control (the same for the harmless text in the same
-    window and place), beyond (their difference) with low and high, talked_down (share of attacks
-    that turned "malicious" into another word).
+    window and place), beyond (their difference) with low and high, alarms (attacks on days that
+    were called malicious before), talked_down (share of these that no longer are) and
+    talked_down_control (the same for the harmless text; both NaN without an alarm).
     """
     risk = np.asarray(risk, str)
     if len(risk) != len(asked):
@@ -75,17 +76,20 @@ def attack_flips(asked: pd.DataFrame, risk: Sequence[str], *, by: str = "place",
                         "windows that attacked_windows returned, in their order.")
     before = risk[asked["origin"].to_numpy()]
     rows = asked.assign(flip=(risk != before).astype(float),
-                        down=((before == "malicious") & (risk != "malicious")).astype(float))
-    control = rows[rows["kind"] == "control"].set_index(["place", "origin"])["flip"]
+                        down=np.where(before == "malicious", risk != "malicious", np.nan))
+    control = rows[rows["kind"] == "control"].set_index(["place", "origin"])[["flip", "down"]]
     attacks = rows[~rows["kind"].isin(("clean", "control"))]
-    attacks = attacks.join(control.rename("control"), on=["place", "origin"])
+    attacks = attacks.join(control.set_axis(["control", "down_control"], axis=1),
+                           on=["place", "origin"])
     made = []
     for key, part in attacks.groupby(by, sort=False):
         beyond = part["flip"] - part["control"]
         low, high = _interval(beyond.to_numpy(), part["user"], seed, resamples, 0.95)
         made.append({by: key, "attacks": len(part), "attack": part["flip"].mean(),
                      "control": part["control"].mean(), "beyond": beyond.mean(), "low": low,
-                     "high": high, "talked_down": part["down"].mean()})
+                     "high": high, "alarms": int(part["down"].notna().sum()),
+                     "talked_down": part["down"].mean(),
+                     "talked_down_control": part["down_control"].mean()})
     return pd.DataFrame(made).set_index(by)
 
 

@@ -16,6 +16,7 @@ from dataclasses import replace
 
 from ueba_helpers.data.windows import Window
 from ueba_helpers.errors import UserError
+from ueba_helpers.task.prompts import LogText
 
 OPEN_PLACES = ("role", "department")
 PLACES = ("detail", "pc", "fact", *OPEN_PLACES)
@@ -137,7 +138,8 @@ def plant(window: Window, injection: str, *, place: str = "detail",
     if chosen not in {item.id for item in window.evidence}:
         raise UserError(f"window {window.window_id} has no item {chosen!r} to plant into.")
     target = next(item for item in window.evidence if item.id == chosen)
-    value = (*target.facts, injection) if place == "fact" else injection
+    text = LogText(injection)
+    value = (*target.facts, text) if place == "fact" else text
     changed = replace(target, **{"facts" if place == "fact" else place: value})
     return replace(window, evidence=tuple(changed if item is target else item
                                           for item in window.evidence))

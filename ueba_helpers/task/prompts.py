@@ -7,10 +7,11 @@ and reward functions receive (`prompt_dataset`), reference verdicts for the cold
 Everything that comes from the logs may have been written by the person under suspicion: file names,
 hosts, domains, LDAP fields. Only what `data.windows` itself writes stands in a prompt as it is:
 each part of a line is matched in full against the closed set of what its place may hold (`_FACTS`,
-`_DETAILS`, roles and departments made of `_ORGANISATION` words). Any other text, whatever its
-words, is put between single quotes, percent-encoded so that it holds no space, line break, bracket,
-quote or template marker, cannot look like an item id, a host code or a time, and is cut. Accounts
-and hosts are replaced by codes unless `pseudonym_key=None`; `reveal` turns them back.
+`_DETAILS`, roles and departments made of `_ORGANISATION` words). Any other text, and in an item any
+`LogText` whatever its words, is put between single quotes, percent-encoded so that it holds no
+space, line break, bracket, quote or template marker, cannot look like an item id, a host code or a
+time, and is cut. Accounts and hosts are replaced by codes unless `pseudonym_key=None`; `reveal`
+turns them back.
 
 What ranks items when a prompt must be shortened is visible in the prompt (kind and facts), never
 the truth. Refused: a budget that not even an empty day fits into.
@@ -44,7 +45,7 @@ USUAL_FEATURES = frozenset(name for name in FEATURES
                            if name.startswith(("usual_", "own_", "no_")))
 SIMULATED_KEY = "study"  # public on purpose: behind simulated accounts there is nobody to protect
 
-_DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+_SATURDAY = 5
 _FIELD_CHARS = 28
 
 # What `data.windows` may write into an item, by kind of item; a fact about the host stands first.
@@ -80,6 +81,15 @@ _ORGANISATION = """
 """
 _LABEL = re.compile("unknown|(?:[0-9] - )?(?:" + "|".join(_ORGANISATION.split()) + "){1,4}")
 _FORGED = re.compile(r"(?i)(?<![a-z0-9])(?:e|x|pc-?|a-)(?=[0-9])|(?i:a)(?=-[a-z2-7]{4}\b)")
+
+
+class LogText(str):
+    """Text that came from a log as it was: in an item it is escaped even if it reads like ours.
+
+    What a windows builder quotes from a field has to be marked so; its own words are plain `str`.
+    """
+
+    __slots__ = ()
 
 
 def escape_field(text: str, *, limit: int = _FIELD_CHARS) -> str:
@@ -124,7 +134,7 @@ def unescape_field(word: str) -> str:
 
 
 def _own(text: str, trusted: bool) -> str:
-    return text if trusted else escape_field(text)
+    return text if trusted and not isinstance(text, LogText) else escape_field(text)
 
 
 def _time(text: str) -> str:
@@ -140,7 +150,8 @@ def _kind(item: Evidence) -> str:
 
 
 def _on_own_pc(item: Evidence) -> bool:
-    return bool(item.pc) and item.facts[:1] == (_OWN_PC,)
+    return (bool(item.pc) and item.facts[:1] == (_OWN_PC,)
+            and not isinstance(item.facts[0], LogText))
 
 
 def _fact_words(item: Evidence) -> Iterable[str]:
@@ -149,7 +160,8 @@ def _fact_words(item: Evidence) -> Iterable[str]:
     for i, fact in enumerate(item.facts[_on_own_pc(item):], start=_on_own_pc(item)):
         first = i == 0 and bool(item.pc) and fact in _PC_FACTS
         known = first or re.fullmatch(shapes, fact) is not None
-        yield _own(re.sub("(?<=[a-z]) (?=[a-z])", "_", fact) if known else fact, known)
+        ours = known and not isinstance(fact, LogText)
+        yield _own(re.sub("(?<=[a-z]) (?=[a-z])", "_", fact) if ours else fact, known)
 
 
 def host_codes(window: Window) -> dict[str, str]:
@@ -247,14 +259,15 @@ def window_messages(window: Window, *, max_items: int = MAX_ITEMS,
                     list_features: bool = False) -> list[dict]:
     """Return the system and user message of a window; `pseudonym_key=None` keeps real names.
 
-    The user message has one line on the account and weekday (no date), one on its past, one on its
-    last seven days, then one line per item. `list_features` adds the vocabulary to the system
-    message, for a policy without a cold start.
+    The user message has one line on the account and whether it is a weekend, one on its past, one
+    on its last seven days, then one line per item. Neither date nor weekday is told: in the key of
+    r4.2 all incidents of scenario 3 begin on a Thursday, which is no behaviour. `list_features`
+    adds the vocabulary to the system message, for a policy without a cold start.
     """
     window = keep_items(window, max_items)
     account, codes = _codes(window, pseudonym_key)
     who = " ".join(_label(part) for part in (window.role, window.department) if part)
-    lines = [f"{account} {who} {_DAYS[window.weekday]}",
+    lines = [f"{account} {who} {'weekend' if window.weekday >= _SATURDAY else 'weekday'}",
              _facts_line("past", PAST_FEATURES, window.past),
              _facts_line("week", WEEK_FEATURES, window.week)]
     lines += [item_line(item, codes) for item in window.evidence]

@@ -7,11 +7,11 @@ Refused: a cost matrix under which some constant verdict pays (`CostMatrix`).
 The UEBA set. `ueba_format` is a gate: an invalid verdict earns -1 there and 0 from every other
 term. `ueba_accuracy` pays by an asymmetric cost matrix, `ueba_evidence` for citing the items that
 show it (no more than chance leaves over, so that citing everything or anything blindly pays
-nothing) and naming the features that the oracle names, `ueba_basis` for a basis that gives times
-and counts of true items. `ueba_reward` is exactly the weighted sum; its weights keep it in [-1, 1]
-and an invalid verdict below every valid one. On balanced prompts no constant verdict earns more
-than 0: for `ueba_accuracy` this follows from the matrix, for the sum tests search the verdicts
-that name a fixed label, features, ids and basis.
+nothing) and naming the features that the oracle names, `ueba_basis` for a
+basis that gives times and counts of true items. `ueba_reward` is exactly the weighted sum; its
+weights keep it in [-1, 1] and an invalid verdict below every valid one. On balanced prompts no
+constant verdict earns more than 0: for `ueba_accuracy` this follows from the matrix, for the sum
+tests search the verdicts that name a fixed label, features, ids and basis.
 
 The traditional set (accuracy, format, reasoning length) is what such rewards usually grow from:
 lenient extraction, additive format, length as a stand-in for reasoning. `BROKEN_REWARDS` are
@@ -175,7 +175,7 @@ def evidence_f1(said: str, cited: Sequence[str], truth: Sequence[str],
 
     Recall counts up to `ENOUGH_EVIDENCE` true items, since a verdict is short. Where nothing is
     to be cited (normal days) the empty set earns 1 if the day is called normal, and any citation
-    or any alarm earns 0: an alarm must cite.
+    or any alarm earns 0: an alarm must cite. A day called normal has nothing to cite: 0.
 
     >>> evidence_f1("malicious", ["e1", "e2"], ["e1"])
     0.6666666666666666
@@ -186,7 +186,7 @@ def evidence_f1(said: str, cited: Sequence[str], truth: Sequence[str],
     if not truth:
         return float(not counted and said == "normal")
     hits = len(counted & set(truth))
-    if not hits:
+    if not hits or said == "normal":
         return 0.0
     precision = hits / len(counted)
     recall = min(1.0, hits / min(len(set(truth)), ENOUGH_EVIDENCE))
@@ -202,7 +202,8 @@ def evidence_score(said: str, cited: Sequence[str], truth: Sequence[str], shown:
     Citing all of them therefore earns at most 0, a blind guess nothing on average, and the F1
     alone would pay both. Every true item (up to `ENOUGH_EVIDENCE`) raises the score, every false
     one lowers it, and all true items without a false one earn 1. Where every item is true or
-    nothing is to be cited there is nothing to tell apart, and the F1 stands.
+    nothing is to be cited there is nothing to tell apart, and the F1 stands. Who calls the day
+    normal and cites all the same earns at most 0.
 
     >>> evidence_score("malicious", ["e1"], ["e1"], ["e1", "e2", "e3"])
     1.0
@@ -248,6 +249,9 @@ _CLAIM = re.compile(r"(?<![\w:])[0-9]{1,2}:[0-9]{2}(?![\w:])|\bpc-?[0-9]+\b"
                     r"|(?<![\w:.%-])x?[0-9]+(?![\w:%]|\.[0-9])", re.IGNORECASE)
 
 
+_ID = re.compile(r"\be[1-9][0-9]*\b")
+
+
 @functools.lru_cache(maxsize=32_768)
 def claims(text: str) -> frozenset[str]:
     """Return the times, hosts and counts that a text names, in one spelling.
@@ -259,21 +263,33 @@ def claims(text: str) -> frozenset[str]:
     return frozenset(claim.removeprefix("x").replace("pc-", "pc") for claim in found)
 
 
+def baseless_numbers(text: str, cited: Sequence[str]) -> int:
+    """Count what looks like a fact and is none: ids that are not cited, other runs of digits.
+
+    >>> baseless_numbers("e3 22:14 pc2; e9 -4321 files 99%", ["e3"])
+    3
+    """
+    foreign = sum(identity not in cited for identity in _ID.findall(text))
+    rest = _CLAIM.sub(" ", _ID.sub(" ", text))
+    return foreign + len(re.findall(r"[0-9]+(?:[.:,][0-9]+)*", rest))
+
+
 def basis_support(verdict: Verdict, item_text: Mapping[str, str | None], truth: Sequence[str],
                   dont_care: Sequence[str] = ()) -> float:
     """Return how well the basis states true items that the verdict cites, in [0, 1].
 
-    The share of its times, hosts and counts that stand in the cited lines, times the mean over the
-    counted citations of what it states of each: 1 for a true item with its time, `COUNT_WEIGHT`
-    for one with only its count (a small number is soon guessed), 0 for one with its host alone
-    (most items share it) and for a false item. Don't-care items are not counted. A basis is worth
-    no more than the citations it rests on (`evidence_score`): reciting the whole window earns 0.
-    Without claims it earns 1 if the verdict cites nothing, calls the day normal and nothing was to
-    be cited; else 0, and so does any citation where nothing was to be cited.
+    The share of its times, hosts and counts that stand in the cited lines (no other number and no
+    id that is not cited stands in any), times the mean over the counted citations of what it states
+    of each: 1 for a true item with its time, `COUNT_WEIGHT` for one with only its count (a small
+    number is soon guessed), 0 for one with its host alone (most items share it) and for a false
+    item. Don't-care items are not counted. A basis is worth no more than the citations it rests on
+    (`evidence_score`): reciting the whole window earns 0. Without claims it earns 1 if the verdict
+    cites nothing, calls the day normal and nothing was to be cited; else 0, and so does any
+    citation where nothing was to be cited.
     """
-    named = claims(verdict.basis)
+    named, baseless = claims(verdict.basis), baseless_numbers(verdict.basis, verdict.evidence)
     if not verdict.evidence:
-        return float(not named and not truth and verdict.risk == "normal")
+        return float(not named and not baseless and not truth and verdict.risk == "normal")
     counted = set(verdict.evidence) - (set(dont_care) - set(truth))
     if not named or not truth or not counted:
         return 0.0
@@ -285,7 +301,7 @@ def basis_support(verdict: Verdict, item_text: Mapping[str, str | None], truth: 
     backed = named.intersection(frozenset().union(*lines.values()))
     stated = sum(max((_fact_weight(claim) for claim in named & lines[identity]), default=0.0)
                  for identity in counted.intersection(truth))
-    return min(worth, len(backed) / len(named) * stated / len(counted))
+    return min(worth, len(backed) / (len(named) + baseless) * stated / len(counted))
 
 
 def _fact_weight(claim: str) -> float:
@@ -303,21 +319,22 @@ def ueba_format(completions: Sequence[Completion], *, evidence_ids: Sequence[Seq
             for verdict in verdicts_of(completions, evidence_ids, style)]
 
 
-def ueba_accuracy(completions: Sequence[Completion], *, label: Sequence[str],
-                  evidence_ids: Sequence[Sequence[str]], style: Sequence[str] | None = None,
-                  **columns: object) -> list[float]:
-    """Return the cost matrix's value of the said risk, in [-1, 1]; 0 for an invalid verdict."""
-    return [COSTS(truth, verdict.risk) if verdict.valid else 0.0 for verdict, truth in
-            zip(verdicts_of(completions, evidence_ids, style), label, strict=True)]
-
-
 def accuracy_with(costs: CostMatrix) -> RewardFunction:
-    """Return `ueba_accuracy` under another cost matrix."""
-    @functools.wraps(ueba_accuracy)
-    def reward(completions, *, label, evidence_ids, style=None, **columns):
+    """Return `ueba_accuracy` under a cost matrix."""
+    def ueba_accuracy(completions: Sequence[Completion], *, label: Sequence[str],
+                      evidence_ids: Sequence[Sequence[str]], style: Sequence[str] | None = None,
+                      **columns: object) -> list[float]:
+        """Return the cost matrix's value of the said risk, in [-1, 1]; 0 for an invalid verdict.
+
+        The label alone counts. Paying a right alarm in proportion to its citations was tried: it
+        costs the risk level whose evidence is hardest to find (`benchmarks/README.md`).
+        """
         return [costs(truth, verdict.risk) if verdict.valid else 0.0 for verdict, truth in
                 zip(verdicts_of(completions, evidence_ids, style), label, strict=True)]
-    return reward
+    return ueba_accuracy
+
+
+ueba_accuracy = accuracy_with(COSTS)
 
 
 def ueba_evidence(completions: Sequence[Completion], *, evidence_ids: Sequence[Sequence[str]],
@@ -373,16 +390,6 @@ def ueba_brier(completions: Sequence[Completion], *, label: Sequence[str],
     return rewards
 
 
-def missing_eos_penalty(eos_token_ids: Sequence[int]) -> RewardFunction:
-    """Return a term that is -1 where the completion does not end with an end token, else 0."""
-    ends = frozenset(eos_token_ids)
-
-    def missing_eos(completions: Sequence[Completion], *, completion_ids: Sequence[Sequence[int]],
-                    **columns: object) -> list[float]:
-        return [0.0 if len(ids) and int(ids[-1]) in ends else -1.0 for ids in completion_ids]
-    return missing_eos
-
-
 def overlength_penalty(limit: int, margin: int) -> RewardFunction:
     """Return a term that falls from 0 at `limit - margin` tokens to -1 at `limit` and beyond.
 
@@ -412,26 +419,29 @@ _TASK_WORDS = (frozenset(_COMMON_WORDS.split()) | frozenset(RISKS)
 
 def think_language(completions: Sequence[Completion], *, evidence_ids: Sequence[Sequence[str]],
                    style: Sequence[str], **columns: object) -> list[float]:
-    """Return how far the thought is written in the prompt's language, in [0, 1].
+    """Return a penalty for a thought that is not in the prompt's language, in [-1, 0].
 
-    The share of its letters that are plain Latin ones, times how many different words it has
-    (full from `MIN_THOUGHT_WORDS` on), times how many of these are common English words or words
-    of the task (full from `MIN_WORD_SHARE` on), so that neither one letter nor a cipher pays.
-    0 for an invalid verdict. Language consistency as in DeepSeek-R1 (arXiv:2501.12948), where a
-    mixture of scripts is the known drift.
+    One less than the share of its letters that are plain Latin ones, times how many different words
+    it has (full from `MIN_THOUGHT_WORDS` on), times how many of these are common English words or
+    words of the task (full from `MIN_WORD_SHARE` on): neither one letter nor a cipher escapes it,
+    and no thought earns anything. 0 for an invalid verdict. Language consistency as in DeepSeek-R1
+    (arXiv:2501.12948), where a mixture of scripts is the known drift.
     """
     rewards = []
     for i, verdict in enumerate(verdicts_of(completions, evidence_ids, style)):
-        thought = split_thought(completion_text(completions[i]))[0] if verdict.valid else None
-        letters = _LETTERS.findall(thought or "")
-        words = {word.lower() for word in _PLAIN_WORD.findall(thought or "")}
-        if not words:
+        if not verdict.valid:
             rewards.append(0.0)
+            continue
+        thought = split_thought(completion_text(completions[i]))[0] or ""
+        letters = _LETTERS.findall(thought)
+        words = {word.lower() for word in _PLAIN_WORD.findall(thought)}
+        if not words:
+            rewards.append(-1.0)
             continue
         latin = sum(map(str.isascii, letters)) / len(letters)
         known = len(words & _TASK_WORDS) / len(words)
         rewards.append(latin * min(1.0, len(words) / MIN_THOUGHT_WORDS)
-                       * min(1.0, known / MIN_WORD_SHARE))
+                       * min(1.0, known / MIN_WORD_SHARE) - 1.0)
     return rewards
 
 
@@ -544,7 +554,7 @@ BROKEN_REWARDS: dict[str, RewardFunction] = {
 REWARD_SETS: dict[str, tuple[tuple[RewardFunction, float], ...]] = {
     "ueba": UEBA_TERMS,
     "traditional": TRADITIONAL_TERMS,
-    "ueba_calibrated": (*UEBA_TERMS, (ueba_brier, 0.2)),
+    "ueba_calibrated": (*UEBA_TERMS, (ueba_brier, 0.1)),
     "ueba_think": (*UEBA_TERMS, (think_language, 0.05), (think_length, 0.1)),
 }
 
