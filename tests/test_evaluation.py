@@ -193,11 +193,11 @@ def test_pr_auc_restores_the_population_from_a_weighted_sample():
 def organisation(tmp_path_factory):
     """Simulated windows with splits, and the study's own sampling score."""
     folder = tmp_path_factory.mktemp("organisation")
-    simulate.simulate(folder / "r4.2", users=120, days=70, seed=1, insiders=(10, 10, 6),
+    simulate.simulate(folder / "r4.2", users=120, days=90, seed=1, insiders=(10, 10, 6),
                       web_rate=0.05)
     cert.ingest(folder / "r4.2", folder / "store", threads=1)
     table = windows.read(windows.build(folder / "store", folder / "windows", threads=1,
-                                       history_days=15))  # of 70 days most can be judged
+                                       history_days=15))  # so that most days are judged
     table = table.merge(splits.assign(windows.users_table(table), seed=0,
                                       shares=(("rl", 0.5), ("test", 0.5))), on="user")
     train_users = sorted(set(table.loc[table["split"] == "train", "user"]))
