@@ -80,6 +80,26 @@ def test_bad_input_inside_a_stage_gives_status_two_and_its_message(toy_study, ca
     assert not study.exists()
 
 
+def test_a_profile_file_is_kept_as_the_study_began_with_it(tmp_path, monkeypatch):
+    """Every notebook reads the file again: an edit on the way must not reach half of them."""
+    given, seen = tmp_path / "mine.toml", []
+    given.write_text('extends = "smoke"\nmax_items = 6\n', encoding="utf-8")
+
+    def stop(stages, **_):
+        seen.extend(stages)
+        raise UserError("far enough")
+    monkeypatch.setattr("ueba_helpers.study.pipeline.run_stages", stop)
+    command = ["study", "--profile", str(given), "--runs", str(tmp_path / "runs")]
+    assert cli.main(command) == 2
+    given.write_text('extends = "smoke"\nmax_items = 5\n', encoding="utf-8")
+    for stage in seen:
+        read = {key.upper(): value for key, value in stage.parameters.items()}["PROFILE"]
+        assert read != str(given) and profile(read).max_items == 6
+    assert cli.main(["study", "--profile", read, *command[3:]]) == 2, "what was kept is a profile"
+    assert profile(read).max_items == 6
+    assert cli.main(command) == 2 and profile(read).max_items == 5, "the next study begins anew"
+
+
 def test_a_dry_run_writes_nothing(toy_study, capsys):
     arguments, study = toy_study("compare")
     assert cli.main([*arguments, "--dry-run"]) == 0

@@ -190,7 +190,7 @@ def test_a_stage_has_its_own_number_of_threads(study, environment):
     planned = {stage.name: stage for stage in study_stages(
         profile("smoke"), seed=0, data="", runs=study, notebooks=study, jobs=2)}
     alone = {name for name, stage in planned.items() if stage.alone}
-    assert alone == {*BEFORE_NOTEBOOKS, "07_comparison", "09_error_analysis"}
+    assert alone == {*BEFORE_NOTEBOOKS, "07_comparison"}
     both = planned["05_ppo_training"].threads, planned["06_grpo_training"].threads
     assert both[0] == both[1] <= planned["cold_start"].threads
 

@@ -342,8 +342,20 @@ def test_a_critic_of_an_adapted_policy_trains_adapters_of_its_own_and_its_head()
     assert trained == {name for name, _ in critic.named_parameters()
                        if "lora_" in name or name.startswith("head.")}
     assert any("lora_" in name for name in trained)
-    shared = {p.data_ptr() for p in policy_with_adapters.parameters()}
-    assert not any(p.data_ptr() in shared for p in critic.parameters()), "a copy, not the policy's"
+    its = {id(p): p.requires_grad for p in policy_with_adapters.parameters()}
+    for name, p in critic.named_parameters():
+        assert (id(p) in its) == (name not in trained), "what is frozen is shared, and only that"
+        assert id(p) not in its or not its[id(p)]
+    before = torch.cat([p.flatten() for p in policy_with_adapters.parameters()])
+    mask = torch.ones_like(IDS)
+    torch.nn.init.ones_(critic.head.weight)
+    critic(IDS[:, :4], mask[:, :4], IDS[:, 4:], mask[:, 4:]).sum().backward()
+    assert all(p.grad is None for p in policy_with_adapters.parameters())
+    with torch.no_grad():
+        for p in critic.parameters():
+            p.add_(p.grad if p.grad is not None else 0)
+    assert torch.equal(before, torch.cat([p.flatten() for p in
+                                          policy_with_adapters.parameters()]))
     whole = make_critic(policy()[0])
     assert all(p.requires_grad for p in whole.parameters()), "the twin: without adapters all"
 

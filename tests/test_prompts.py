@@ -356,8 +356,8 @@ def escaped_wherever(words):
 def test_log_text_is_quoted_even_where_it_reads_like_a_word_of_ours(monkeypatch):
     assert escaped_wherever(OUR_WORDS)
     monkeypatch.setattr(injections, "LogText", str)  # trust by shape, whoever wrote it
-    assert not any(escaped_wherever([word]) for word in OUR_WORDS
-                   if word not in ("08:00", "e1"))  # these have no such place
+    breached = {word for word in OUR_WORDS if not escaped_wherever([word])}
+    assert {"usual", "rare", "first time", "after hours", "internal", "job"} <= breached
 
 
 def unescaped(monkeypatch):

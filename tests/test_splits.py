@@ -373,7 +373,7 @@ def test_too_few_insiders_are_said_to_be_not_judged(simulated):
     result = checks(table, assignment, store=store)
     for name in ("metadata says nothing", "account name says nothing", "past_days says nothing",
                  "role says nothing: scenarios 1 and 2",
-                 *(f"weekday says nothing: scenario {k}" for k in (1, 2, 3))):
+                 *(f"weekend says nothing: scenario {k}" for k in (1, 2, 3))):
         assert result.loc[name, "outcome"] == "not judged" and np.isnan(result.loc[name, "got"])
         assert result.loc[name, "detail"].startswith("not judged: fewer than 5")
     lines = splits.complaints(result.reset_index())
@@ -600,10 +600,12 @@ def weekdays(table):
 
 def test_a_weekday_on_which_one_scenario_begins_is_found(table):
     assert weekdays(table) == ["passed"] * 3
-    # As in r4.2: all incidents of scenario 3 begin on a Thursday, the others on any day.
+    # As in r4.2, and then worse: all incidents of scenario 3 begin on the same day of the week.
     first = table["incident"].map(table[table["malicious"]].groupby("incident")["day"].min())
     third = (table["scenario"] == 3) & table["malicious"] & (table["day"] == first)
-    told = table.assign(weekday=table["weekday"].where(~third, 3))
+    thursdays = table.assign(weekday=table["weekday"].where(~third, 3))
+    assert weekdays(thursdays) == ["passed"] * 3, "prompts do not tell a Thursday from a Monday"
+    told = table.assign(weekday=table["weekday"].where(~third, 5))
     assert weekdays(told) == ["passed", "passed", "failed"]
 
 

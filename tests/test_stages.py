@@ -122,3 +122,20 @@ def test_the_watched_days_are_spread_over_accounts(study):
     assert (watched.groupby("label")["user"].nunique() == 2).all()
     first = table.groupby("risk").head(2)
     assert (first.groupby("risk")["user"].nunique() < 2).any(), "the twin: the first rows"
+
+
+def test_the_cold_start_from_random_weights_trains_all_of_them(study, monkeypatch):
+    """With adapters on a random base it would hardly learn; they come with RL."""
+    seen = []
+
+    def record(start, out, rows, settings, policy, **_):
+        seen.append(policy.lora_rank)
+        raise InterruptedError
+    monkeypatch.setattr("ueba_helpers.rl.recipes.sft", record)
+    for name, rank in (("tiny", 0), (study.base_policy, 4)):
+        policy = dataclasses.replace(study.profile.policy, lora_rank=4, name=name)
+        adapted = stages.Study(dataclasses.replace(study.profile, policy=policy), study.seed,
+                               study.data, study.runs)
+        with pytest.raises(InterruptedError):
+            adapted.run("sft")
+        assert seen[-1] == rank, "of a checkpoint that can read, adapters are enough"

@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ueba_helpers.errors import UserError
@@ -198,9 +199,15 @@ def _study(options: argparse.Namespace) -> int:
     jobs = pipeline.default_jobs(chosen) if options.jobs is None else options.jobs
     if jobs < 1:
         raise UserError(f"--jobs {jobs}: give a whole number of 1 and more.")
+    study = runs.study_folder(chosen, seed=options.seed, data=options.data, runs=options.runs)
+    if chosen.file:  # every notebook reads it again: keep it as it is now
+        kept = study / f"{chosen.name}.toml"
+        if not (options.dry_run or (kept.exists() and kept.samefile(chosen.file))):
+            study.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(chosen.file, kept)
+        chosen = replace(chosen, file=str(kept.resolve()))
     stages = pipeline.study_stages(chosen, seed=options.seed, data=options.data,
                                    runs=options.runs, jobs=jobs)
-    study = runs.study_folder(chosen, seed=options.seed, data=options.data, runs=options.runs)
     progress = _Progress()
     progress.tell(f"study {study} (profile {chosen.name}: {chosen.about})")
     began = time.monotonic()

@@ -1544,9 +1544,9 @@ class _Ingest:
                 raise UserError(
                     f"{self.found.logs[name].path}: {missing[name]:,} of the {of_key:,} rows that"
                     f" the answer key has of this log have no equal event in it"
-                    ": these logs are not of the release that the key belongs to. r4.1 and r3 look"
-                    " like r4.2 from outside. Point at the folder of r4.2, or copy its"
-                    f" {self.found.logs[name].path.name} and answers again."
+                    ": these logs are not of the release that the key belongs to, or only a part of"
+                    " it. r4.1 and r3 look like r4.2 from outside. Point at the folder of r4.2, or"
+                    f" copy its {self.found.logs[name].path.name} and answers again."
                 )
             absent[name] = missing[name] - len(rows)
             differing += [

@@ -582,20 +582,21 @@ def _metadata(people: pd.DataFrame, seed: int, *, store: Path | str | None,
 
 
 def _weekdays(opened: pd.DataFrame) -> list[dict]:
-    """Incidents of a scenario must begin on the weekdays that judged days fall on.
+    """Incidents of a scenario must begin at weekends as often as judged days fall on them.
 
-    By distinct incidents: r4.2's ten incidents of scenario 3 all begin on a Thursday, which the
-    pooled days of all scenarios hide.
+    By distinct incidents, which the pooled days of all scenarios would hide. Weekend or not is all
+    that a prompt says: r4.2's ten incidents of scenario 3 all begin on a Thursday.
     """
     usable = opened[~opened["precursor"] & ~opened["ignore"]]
+    usable = usable.assign(weekday=np.where(usable["weekday"] >= 5, "weekend", "weekday"))
     shares = usable["weekday"].value_counts(normalize=True)
     first = usable[usable["malicious"]].sort_values("day").groupby("incident").first()
     rows = []
     for scenario in (1, 2, 3):
         begun = first.loc[first["scenario"] == scenario, "weekday"].value_counts()
         rows.append(_drawn_from(
-            f"weekday says nothing: scenario {scenario}", begun.reindex(shares.index, fill_value=0),
-            shares, f"incidents of scenario {scenario} by the weekday of their first day",
+            f"weekend says nothing: scenario {scenario}", begun.reindex(shares.index, fill_value=0),
+            shares, f"incidents of scenario {scenario} by their first day",
             lambda n, rng: rng.multinomial(n, shares.to_numpy(), size=_DRAWS)))
     return rows
 

@@ -585,6 +585,11 @@ def build(
     warnings = [] if not unseen else [
         f"{unseen} of {counts['key_account_days']} account-days of the answer key have no event in "
         "these logs, so no window: is a log missing or cut?"]
+    if counts["malicious_short_history"]:
+        warnings.append(
+            f"{counts['malicious_short_history']} of {counts['malicious']} labelled account-days "
+            f"have fewer than {history_days} active days before them and are not judged: lower "
+            "history_days if that is many")
     write_json(out / "manifest.json", {
         "format_version": FORMAT_VERSION,
         "settings": {"deviation_share": deviation_share, "history_days": history_days,

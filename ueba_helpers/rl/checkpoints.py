@@ -53,10 +53,11 @@ def latest_checkpoint(output_dir: Path | str) -> Path | None:
 
 
 def save_critic(critic: nn.Module, folder: Path | str) -> None:
-    """Write the critic's weights into a folder, as safetensors."""
+    """Write the critic's weights into a folder, as safetensors; frozen ones are the policy's."""
     Path(folder).mkdir(parents=True, exist_ok=True)
+    frozen = _frozen(critic)
     state = {name: tensor.detach().contiguous().cpu()
-             for name, tensor in critic.state_dict().items()}
+             for name, tensor in critic.state_dict().items() if name not in frozen}
     with atomic_path(Path(folder) / CRITIC_FILE) as temporary:
         save_file(state, temporary)
 
@@ -66,4 +67,11 @@ def load_critic(critic: nn.Module, folder: Path | str) -> None:
     path = Path(folder) / CRITIC_FILE
     if not path.exists():
         raise UserError(f"{path} is missing: there is no critic in this folder.")
-    critic.load_state_dict(load_file(path))
+    missing, unexpected = critic.load_state_dict(load_file(path), strict=False)
+    if unexpected or set(missing) - _frozen(critic):
+        raise UserError(f"{path} holds the weights of another critic: "
+                        f"{sorted({*unexpected, *missing} - _frozen(critic))[0]} does not fit.")
+
+
+def _frozen(critic: nn.Module) -> set[str]:
+    return {name for name, parameter in critic.named_parameters() if not parameter.requires_grad}

@@ -242,10 +242,12 @@ def add_reference_adapter(policy: PeftModel) -> None:
 def make_critic(policy: PreTrainedModel) -> Critic:
     """Return a critic whose backbone starts as a copy of the policy's.
 
-    All of it is trainable, or, where the policy carries adapters, its own copy of them: a critic of
-    billions of weights would cost several times what the policy does.
+    All of it is trainable, or, where the policy carries adapters, its own copy of them over the
+    same frozen weights: a critic of billions of weights then costs an adapter and a head.
     """
-    backbone = copy.deepcopy(backbone_of(policy))
+    source = backbone_of(policy)
+    frozen = {id(p): p for p in source.parameters() if not p.requires_grad}
+    backbone = copy.deepcopy(source, frozen if isinstance(policy, PeftModel) else {})
     for module in backbone.modules():  # the critic reads no reference
         if isinstance(module, BaseTunerLayer):
             module.delete_adapter(REFERENCE_ADAPTER)  # nothing where there is none

@@ -178,6 +178,7 @@ METHODS = {"ppo": ppo, "grpo": grpo}
 
 def _quiet(*, log_steps: bool) -> dict:
     return {"disable_tqdm": True, "report_to": "none", "logging_steps": 1,
+            "use_cpu": not torch.cuda.is_available(),  # float64 is used, which Apple's GPUs lack
             "logging_strategy": "steps" if log_steps else "no", "bf16": False,
             "gradient_checkpointing": False, "dataloader_pin_memory": False}
 
@@ -310,7 +311,8 @@ def memory_by_part(trainer) -> dict[str, int]:
              "critic": 0, "critic_gradients": 0, "reference": tensor_bytes(reference.values())}
     if isinstance(trainer, PPOTrainer):
         critic = list(trainer.critic.parameters())
-        parts["critic"] = tensor_bytes(critic)
+        own = {id(p) for p in critic} - {id(p) for p in bare.parameters()}
+        parts["critic"] = tensor_bytes(p for p in critic if id(p) in own)
         parts["critic_gradients"] = sum(p.numel() * p.element_size() for p in critic
                                         if p.requires_grad)
     if isinstance(trainer, PolicyGradientTrainer) and trainer._reference is not None:

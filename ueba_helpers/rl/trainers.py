@@ -394,7 +394,7 @@ class PolicyGradientTrainer(trl.GRPOTrainer):
         keep = scorable.float() if advantages.dim() == 1 else scorable.float().unsqueeze(1)
         rollout["advantages"] = advantages * keep
         self._log_advantages(rollout["advantages"], mask)
-        count = self._sum_over_ranks(torch.tensor(float(mask.size(0))))
+        count = self._sum_over_ranks(mask.new_tensor(float(mask.size(0))))
         tokens = self._sum_over_ranks(mask.sum())
         if self.args.kl_coef and not self._is_vlm:  # else a logged zero would be a lie
             total = self._sum_over_ranks(token_kl.sum())

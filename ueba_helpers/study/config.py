@@ -202,9 +202,9 @@ _PROFILES = (
                             prompt_loss=True),
         **_rl(steps=60, learning_rate=3e-4, save_steps=20, critic_warmup_steps=6),
         max_items=8,
-        minutes={"data": 1.5, "cold_start": 5.3, "02_baselines": 1.5, "03_reward_design": 2.5,
-                 "04_sft_and_model_selection": 7.0, "05_ppo_training": 7.0,
-                 "06_grpo_training": 5.0, "07_comparison": 2.5, "09_error_analysis": 1.5,
+        minutes={"data": 1.5, "cold_start": 5.3, "02_baselines": 1.5, "03_reward_design": 3.5,
+                 "04_sft_and_model_selection": 6.0, "05_ppo_training": 6.5,
+                 "06_grpo_training": 4.2, "07_comparison": 3.5, "09_error_analysis": 2.0,
                  "other": 0.5},
         least_limit_minutes=30.0,  # a shared machine may be several times slower
     ),

@@ -70,7 +70,7 @@ NOTEBOOKS: Mapping[str, tuple[str, ...]] = {
     "09_error_analysis": ("07_comparison",),
 }
 
-_LAST = ("07_comparison", "09_error_analysis")  # all others have ended when these begin
+_ALONE = "07_comparison"  # long, and nearly all others have ended when it begins
 
 PARAMETERS = ("PROFILE", "SEED", "DATA", "RUNS")
 
@@ -166,8 +166,8 @@ def study_stages(chosen: Profile, *, seed: int, data: Path | str, runs: Path | s
             locations=("DATA", "RUNS"), needs=(DATA_STAGE, *needs),
             inputs={"settings": settings, "data": found, "code": code, "versions": versions},
             expected_seconds=chosen.expected_seconds(name),
-            limit_seconds=chosen.limit_seconds(name), alone=name in _LAST,
-            threads=cores if name in _LAST else shared))
+            limit_seconds=chosen.limit_seconds(name), alone=name == _ALONE,
+            threads=cores if name == _ALONE else shared))
     return stages
 
 
@@ -688,7 +688,8 @@ def _why_not_done(stage: Stage, ended: _Ended, status: Mapping, partial: Path) -
     where = failing_cell(partial) if stage.notebook and partial.exists() else None
     place = f" in {where}" if where else ""
     if ended.out_of_time:
-        return f"stopped at its limit of {clock(stage.limit_seconds)}{place}"
+        return (f"stopped at its limit of {clock(stage.limit_seconds)}{place}; a profile file may "
+                "raise least_limit_minutes")
     if "error" in status:
         return f"{status['error']}{place}"
     if ended.returncode < 0:

@@ -385,8 +385,12 @@ class Study:
                         rows, resumed_step=earlier.pop() if earlier else None))
             else:
                 purpose = "cold" if method == "sft" else "all"
+                policy = self.profile.policy
+                if method == "sft" and policy.name == "tiny":
+                    # From random weights: all of them learn. Adapters come with the next stage.
+                    policy = replace(policy, lora_rank=0)
                 trained = recipes.sft(start, folder.path, self.demonstrations(purpose, settings),
-                                      settings, self.profile.policy, seed=self.seed,
+                                      settings, policy, seed=self.seed,
                                       on_step=folder.log().write)
         folder.add_resources({**monitor.result, **trained.costs})
         rows = watched if exhibit else self.judged_rows("dev")
