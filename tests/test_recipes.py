@@ -203,8 +203,14 @@ def test_the_critic_that_a_run_ended_with_is_kept(lora_rank, tmp_path):
     kept = recipes.load_trained_critic(tmp_path, checkpoint(), policy_settings)
     fresh = recipes.make_critic(load_policy(checkpoint(), POLICY))
     last = load_file(tmp_path / "checkpoints" / "checkpoint-4" / "critic.safetensors")
-    assert all(torch.equal(tensor, last[name]) for name, tensor in kept.state_dict().items())
+    found = kept.state_dict()
+    trained = {name for name, p in kept.named_parameters() if p.requires_grad}
+    assert set(last) == trained and (trained == set(found)) == (lora_rank == 0)
+    assert all(torch.equal(found[name], last[name]) for name in last)
     assert not torch.equal(kept.head.weight, fresh.head.weight)
+    if lora_rank:  # what is frozen was not written: it is the start's
+        name = "backbone.embed_tokens.weight"
+        assert torch.equal(found[name], fresh.state_dict()[name])
 
 
 def test_a_policy_can_be_trained_on_a_broken_reward(tmp_path):
