@@ -178,10 +178,10 @@ _PROFILES = (
         name="smoke", about="every notebook in a few minutes: checks that all runs, proves nothing",
         simulate=SimulateSettings(users=40, days=60, insiders=(4, 4, 2), web_rate=0.2),
         windows=WindowSettings(history_days=15, min_history=10),  # of 60 days some must be judged
-        evaluation=EvaluationSettings(headline_per_class=12, n_benign=40, dev_per_class=8,
-                                      dev_benign=24, bootstrap=100),
+        evaluation=EvaluationSettings(headline_per_class=10, n_benign=24, dev_per_class=6,
+                                      dev_benign=16, bootstrap=60),
         policy=PolicySettings(vocab_size=1024, hidden_size=64, layers=2),
-        sft=SFTSettings(examples=192, epochs=6, batch_size=8, learning_rate=5e-3,
+        sft=SFTSettings(examples=192, epochs=4, batch_size=8, learning_rate=5e-3,
                         downgrade=0.35),
         sft_all=SFTSettings(examples=192, epochs=1, batch_size=8),
         **_rl(steps=4, prompts_per_step=4, num_generations=4, micro_batch_prompts=4, save_steps=2,
