@@ -40,6 +40,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--completion-tokens", type=int, default=64)
     parser.add_argument("--micro-batch", type=int, default=8, help="completions per backward")
     parser.add_argument("--subjects", nargs="+", metavar="NAME",
+                        choices=(*OURS, STOCK_GRPO, TRL_112),
                         help=f"of: {'; '.join((*OURS, STOCK_GRPO, TRL_112))}")
     parser.add_argument("--steps", type=int, default=3, help="measured steps per process")
     parser.add_argument("--rounds", type=int, default=1,
@@ -66,10 +67,6 @@ def options() -> argparse.Namespace:
     unknown = sorted(set(args.models or ()) - set(SHAPES))
     if unknown:
         parser.error(f"--models {unknown[0]}: there are {', '.join(SHAPES)}")
-    subjects = (*OURS, STOCK_GRPO, TRL_112)
-    unknown = sorted(set(args.subjects or ()) - set(subjects))
-    if unknown:
-        parser.error(f"--subjects {unknown[0]}: there are {'; '.join(subjects)}")
     python = args.trl112_python
     if python and not (python.is_file() and os.access(python, os.X_OK)):
         parser.error(f"--trl112-python {python}: no program; name bin/python of that environment")

@@ -85,10 +85,10 @@ def test_a_profile_file_is_kept_as_the_study_began_with_it(tmp_path, monkeypatch
     given, seen = tmp_path / "mine.toml", []
     given.write_text('extends = "smoke"\nmax_items = 6\n', encoding="utf-8")
 
-    def stop(stages, **_):
+    def stop(stages, _asked, **_):
         seen.extend(stages)
         raise UserError("far enough")
-    monkeypatch.setattr("ueba_helpers.study.pipeline.run_stages", stop)
+    monkeypatch.setattr(pipeline, "_Schedule", stop)
     command = ["study", "--profile", str(given), "--runs", str(tmp_path / "runs")]
     assert cli.main(command) == 2
     given.write_text('extends = "smoke"\nmax_items = 5\n', encoding="utf-8")
@@ -98,6 +98,9 @@ def test_a_profile_file_is_kept_as_the_study_began_with_it(tmp_path, monkeypatch
     assert cli.main(["study", "--profile", read, *command[3:]]) == 2, "what was kept is a profile"
     assert profile(read).max_items == 6
     assert cli.main(command) == 2 and profile(read).max_items == 5, "the next study begins anew"
+    (tmp_path / "file").touch()
+    elsewhere = [*command[:-1], str(tmp_path / "file" / "runs")]
+    assert cli.main(elsewhere) == 2, "a place that cannot be made is refused as for other profiles"
 
 
 def test_a_dry_run_writes_nothing(toy_study, capsys):

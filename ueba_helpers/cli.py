@@ -200,12 +200,9 @@ def _study(options: argparse.Namespace) -> int:
     if jobs < 1:
         raise UserError(f"--jobs {jobs}: give a whole number of 1 and more.")
     study = runs.study_folder(chosen, seed=options.seed, data=options.data, runs=options.runs)
-    if chosen.file:  # every notebook reads it again: keep it as it is now
-        kept = study / f"{chosen.name}.toml"
-        if not (options.dry_run or (kept.exists() and kept.samefile(chosen.file))):
-            study.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(chosen.file, kept)
-        chosen = replace(chosen, file=str(kept.resolve()))
+    given = chosen.file
+    if given:  # every stage reads it again: from the study, which keeps it as it is now
+        chosen = replace(chosen, file=str((study / Path(given).name).resolve()))
     stages = pipeline.study_stages(chosen, seed=options.seed, data=options.data,
                                    runs=options.runs, jobs=jobs)
     progress = _Progress()
@@ -216,7 +213,7 @@ def _study(options: argparse.Namespace) -> int:
             stages, study=study, only=options.only, start=options.start, force=options.force,
             keep_going=options.keep_going, dry_run=options.dry_run,
             environment=pipeline.stage_environment(offline=not chosen.needs_hub),
-            jobs=jobs, tell=progress.tell, tick=progress.tick)
+            profile_file=given, jobs=jobs, tell=progress.tell, tick=progress.tick)
     finally:
         progress.clear()
     if options.dry_run:
@@ -364,8 +361,8 @@ def _estimate(options: argparse.Namespace) -> int:
              f"{'as last time' if measured else 'planned'}")
     jobs = pipeline.default_jobs(chosen)
     total = pipeline.planned_seconds(stages, seconds, jobs)
-    _say(f"  {'all':<28} {pipeline.clock(total):>8}  "
-         + (f"{jobs} at a time where they do not need each other" if jobs > 1 else "").rstrip())
+    beside = f"  {jobs} at a time where they do not need each other" if jobs > 1 else ""
+    _say(f"  {'all':<28} {pipeline.clock(total):>8}{beside}")
     parameters = policy_parameters(chosen.policy)
     if parameters is None:
         _say(f"policy {chosen.policy.name}: size unknown before it is loaded")

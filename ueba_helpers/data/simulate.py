@@ -1375,7 +1375,7 @@ class _DayWriter:
 
     def _at(self, rng, day, user, machine, drive):
         stay = rng.integers(300, 2400, len(user))
-        begin = np.minimum(self._within(rng, day, user), int(19 * HOUR) - 2400)
+        begin = np.minimum(self._within(rng, day, user), _EVENING - 2400)
         self._session(rng, user, machine, begin, stay, 0, drive=drive, logoff=0.97)
 
     def _keylogger(self, rng, number, incident):

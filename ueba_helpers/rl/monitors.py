@@ -253,7 +253,7 @@ class Health:
         self._first: dict[str, list[float]] = {}
         self._held_out: deque[tuple[float | None, float]] = deque(
             maxlen=limits.held_out_patience + 1)
-        self._best: float | None = None
+        self._best = -math.inf  # macro-F1 on held-out windows
         self._row: Mapping = {}
         self._active: set[str] = set()
 
@@ -274,7 +274,7 @@ class Health:
             recent = None if not reward else statistics.fmean(
                 list(reward)[-self.thresholds.window:])
             self._held_out.append((recent, float(macro_f1)))
-            self._best = max(float(macro_f1), -math.inf if self._best is None else self._best)
+            self._best = max(self._best, float(macro_f1))
         found = {name: message for name, (_, check) in _CHECKS.items() if (message := check(self))}
         begun = [name for name in found if name not in self._active]
         self._active = set(found)
@@ -332,13 +332,6 @@ class Health:
         return (f"Entropy fell from {start:.3g} to {now:.3g} nats per token: the policy hardly "
                 "explores any more.")
 
-    def _kl(self) -> str | None:
-        now = self._mean("kl_to_reference/per_completion")
-        if now is None or now <= self.thresholds.kl:
-            return None
-        return (f"The policy is {now:.1f} nats per completion away from the reference (limit "
-                f"{self.thresholds.kl:g}): check that held-out results still follow the reward.")
-
     def _length_drift(self) -> str | None:
         start = self._start("completions/mean_length")
         now = self._mean("completions/mean_length")
@@ -355,26 +348,12 @@ class Health:
         return (f"In {now:.0%} of the groups all completions earn the same, so that only the KL "
                 "tells them apart: choose prompts of another difficulty or larger groups.")
 
-    def _clipping(self) -> str | None:
-        now = self._mean("clip_ratio/region_mean")
-        if now is None or now <= self.thresholds.clip_share:
-            return None
-        return (f"{now:.0%} of the tokens are clipped: the update is too large. Lower the "
-                "learning rate or the number of iterations.")
-
     def _ratio(self) -> str | None:
         now = _number(self._row.get("ratio/max"))
         if now is None or now <= self.thresholds.ratio:
             return None
         return (f"A token became {now:.1f} times as probable within one rollout: the sampled "
                 "completions no longer stand for the policy.")
-
-    def _truncation(self) -> str | None:
-        now = self._mean("completions/clipped_ratio")
-        if now is None or now <= self.thresholds.truncated_share:
-            return None
-        return (f"{now:.0%} of the completions hit the length limit: raise "
-                "max_completion_tokens or punish the missing end.")
 
     def _gradient_of(self, key: str, network: str) -> str | None:
         limits = self.thresholds
@@ -412,63 +391,24 @@ class Health:
         if not self._held_out:
             return None
         now = self._held_out[-1][1]
-        if self._best is None or self._best - now <= self.thresholds.held_out_drop:
+        if self._best - now <= self.thresholds.held_out_drop:
             return None
         return (f"Macro-F1 on held-out windows fell from {self._best:.3f} to {now:.3f}: the policy "
                 "unlearns the task. Go back to an earlier checkpoint and read what it says now.")
 
-    def _one_label(self) -> str | None:
-        now = self._mean("text/label_entropy")
-        if now is None or now >= self.thresholds.label_entropy:
-            return None
-        return (f"Nearly all verdicts say the same risk (entropy {now:.2f} nats): check that no "
-                "constant answer pays.")
 
-    def _all_labels(self) -> str | None:
-        now = self._mean("text/labels_per_answer")
-        if now is None or now <= self.thresholds.labels_per_answer:
-            return None
-        return (f"A completion names {now:.1f} different risks: a reward that looks for the right "
-                "word anywhere is paid by naming them all.")
+def _beyond(key: str, limit: str, message: str, *, below: bool = False
+            ) -> Callable[[Health], str | None]:
+    """Return the check of a curve's latest mean against a threshold, `below` it or above.
 
-    def _invalid(self) -> str | None:
-        now = self._mean("text/valid_share")
-        if now is None or now >= self.thresholds.valid_share:
+    `limit` is a field of `Thresholds`; the message may name `now` and `limit`.
+    """
+    def check(health: Health) -> str | None:
+        now, bound = health._mean(key), getattr(health.thresholds, limit)
+        if now is None or not (now < bound if below else now > bound):
             return None
-        return (f"Only {now:.0%} of the completions are valid verdicts: the format is being "
-                "forgotten, or does not pay.")
-
-    def _citing(self) -> str | None:
-        now = self._mean("text/cited_share")
-        if now is None or now <= self.thresholds.cited_share:
-            return None
-        return (f"Verdicts cite {now:.0%} of the items they could: check that false citations cost "
-                "something.")
-
-    def _same_citation(self) -> str | None:
-        now = self._mean("text/same_citation")
-        if now is None or now <= self.thresholds.same_citation:
-            return None
-        return (f"{now:.0%} of the alarms cite the same ids, whatever the prompt: evidence is "
-                "guessed by its place. Check that a right label for wrong reasons does not pay.")
-
-    def _sameness(self) -> str | None:
-        now = self._mean("text/unique_share")
-        if now is None or now >= self.thresholds.unique_share:
-            return None
-        return f"Only {now:.0%} of the completions differ from each other."
-
-    def _repetition(self) -> str | None:
-        now = self._mean("text/repetition")
-        if now is None or now <= self.thresholds.repetition:
-            return None
-        return f"{now:.0%} of what a completion says it has said before: it is looping."
-
-    def _copying(self) -> str | None:
-        now = self._mean("text/copy_rate")
-        if now is None or now <= self.thresholds.copy_rate:
-            return None
-        return f"{now:.0%} of a completion is copied from its prompt, word for word."
+        return message.format(now=now, limit=bound)
+    return check
 
 
 _CHECKS: dict[str, tuple[str, Callable[[Health], str | None]]] = {
@@ -476,24 +416,54 @@ _CHECKS: dict[str, tuple[str, Callable[[Health], str | None]]] = {
     "broken_critic": ("critical", Health._broken_critic),
     "value_gap": ("warning", Health._value_gap),
     "entropy_collapse": ("critical", Health._entropy_collapse),
-    "kl": ("critical", Health._kl),
+    "kl": ("critical", _beyond(
+        "kl_to_reference/per_completion", "kl",
+        "The policy is {now:.1f} nats per completion away from the reference (limit {limit:g}): "
+        "check that held-out results still follow the reward.")),
     "length_drift": ("warning", Health._length_drift),
     "dead_groups": ("warning", Health._dead_groups),
-    "clipping": ("warning", Health._clipping),
+    "clipping": ("warning", _beyond(
+        "clip_ratio/region_mean", "clip_share",
+        "{now:.0%} of the tokens are clipped: the update is too large. Lower the learning rate or "
+        "the number of iterations.")),
     "ratio": ("warning", Health._ratio),
-    "truncation": ("warning", Health._truncation),
+    "truncation": ("warning", _beyond(
+        "completions/clipped_ratio", "truncated_share",
+        "{now:.0%} of the completions hit the length limit: raise max_completion_tokens or punish "
+        "the missing end.")),
     "gradient": ("critical", Health._gradient),
     "critic_gradient": ("critical", Health._critic_gradient),
     "hack_suspicion": ("critical", Health._hack),
     "held_out_drop": ("critical", Health._held_out_drop),
-    "one_label": ("warning", Health._one_label),
-    "all_labels": ("warning", Health._all_labels),
-    "invalid": ("warning", Health._invalid),
-    "citing": ("warning", Health._citing),
-    "same_citation": ("warning", Health._same_citation),
-    "sameness": ("warning", Health._sameness),
-    "repetition": ("warning", Health._repetition),
-    "copying": ("warning", Health._copying),
+    "one_label": ("warning", _beyond(
+        "text/label_entropy", "label_entropy",
+        "Nearly all verdicts say the same risk (entropy {now:.2f} nats): check that no constant "
+        "answer pays.", below=True)),
+    "all_labels": ("warning", _beyond(
+        "text/labels_per_answer", "labels_per_answer",
+        "A completion names {now:.1f} different risks: a reward that looks for the right word "
+        "anywhere is paid by naming them all.")),
+    "invalid": ("warning", _beyond(
+        "text/valid_share", "valid_share",
+        "Only {now:.0%} of the completions are valid verdicts: the format is being forgotten, or "
+        "does not pay.", below=True)),
+    "citing": ("warning", _beyond(
+        "text/cited_share", "cited_share",
+        "Verdicts cite {now:.0%} of the items they could: check that false citations cost "
+        "something.")),
+    "same_citation": ("warning", _beyond(
+        "text/same_citation", "same_citation",
+        "{now:.0%} of the alarms cite the same ids, whatever the prompt: evidence is guessed by "
+        "its place. Check that a right label for wrong reasons does not pay.")),
+    "sameness": ("warning", _beyond(
+        "text/unique_share", "unique_share",
+        "Only {now:.0%} of the completions differ from each other.", below=True)),
+    "repetition": ("warning", _beyond(
+        "text/repetition", "repetition",
+        "{now:.0%} of what a completion says it has said before: it is looping.")),
+    "copying": ("warning", _beyond(
+        "text/copy_rate", "copy_rate",
+        "{now:.0%} of a completion is copied from its prompt, word for word.")),
 }
 ALARMS: tuple[str, ...] = tuple(_CHECKS)
 

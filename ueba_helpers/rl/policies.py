@@ -245,13 +245,12 @@ def make_critic(policy: PreTrainedModel) -> Critic:
     All of it is trainable, or, where the policy carries adapters, its own copy of them over the
     same frozen weights: a critic of billions of weights then costs an adapter and a head.
     """
-    source = backbone_of(policy)
-    frozen = {id(p): p for p in source.parameters() if not p.requires_grad}
-    backbone = copy.deepcopy(source, frozen if isinstance(policy, PeftModel) else {})
+    source, adapted = backbone_of(policy), isinstance(policy, PeftModel)
+    frozen = {id(p): p for p in source.parameters() if adapted and not p.requires_grad}
+    backbone = copy.deepcopy(source, frozen)
     for module in backbone.modules():  # the critic reads no reference
         if isinstance(module, BaseTunerLayer):
             module.delete_adapter(REFERENCE_ADAPTER)  # nothing where there is none
-    adapted = isinstance(policy, PeftModel)
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad_(not adapted or "lora_" in name)
     return Critic(backbone)

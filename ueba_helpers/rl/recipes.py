@@ -311,8 +311,8 @@ def memory_by_part(trainer) -> dict[str, int]:
              "critic": 0, "critic_gradients": 0, "reference": tensor_bytes(reference.values())}
     if isinstance(trainer, PPOTrainer):
         critic = list(trainer.critic.parameters())
-        own = {id(p) for p in critic} - {id(p) for p in bare.parameters()}
-        parts["critic"] = tensor_bytes(p for p in critic if id(p) in own)
+        shared = {id(p) for p in bare.parameters()}
+        parts["critic"] = tensor_bytes(p for p in critic if id(p) not in shared)
         parts["critic_gradients"] = sum(p.numel() * p.element_size() for p in critic
                                         if p.requires_grad)
     if isinstance(trainer, PolicyGradientTrainer) and trainer._reference is not None:

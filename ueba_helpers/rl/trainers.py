@@ -243,12 +243,8 @@ class PolicyGradientTrainer(trl.GRPOTrainer):
         self._why_plain = self._reason_for_plain_path()
         if self._why_plain and args.shared_prefix:
             logger.warning(f"prompts are not shared: {self._why_plain}")
-        if self._is_vlm and (self._name == "PPO"
-                             or (args.kl_coef and args.kl_placement == "reward")):
-            blind = ("PPO: its critic" if self._name == "PPO"
-                     else "kl_placement='reward': its reference")
-            raise UserError(f"a processing_class for images cannot be used with {blind} would not "
-                            "see them.")
+        if args.kl_coef and args.kl_placement == "reward":
+            self._refuse_images("kl_placement='reward': its reference")
         self._redirect = _ForwardRedirection()
         self._reference = None
         if args.kl_coef and not isinstance(self._bare_model(), PeftModel):
@@ -266,6 +262,12 @@ class PolicyGradientTrainer(trl.GRPOTrainer):
         self.add_callback(_StepBoundaries(self))
 
     config_class = PolicyGradientConfig
+    _keeps_states = False  # whether a critic reads the hidden states of the scored tokens
+
+    def _refuse_images(self, blind: str) -> None:
+        if self._is_vlm:
+            raise UserError(f"a processing_class for images cannot be used with {blind} would not "
+                            "see them.")
 
     def _bare_model(self) -> PreTrainedModel:
         return self.accelerator.unwrap_model(self.model)
@@ -542,7 +544,7 @@ class PolicyGradientTrainer(trl.GRPOTrainer):
             states.append(state)
         result = torch.cat(log_probs)
         self._scored = {"log_probs": result.detach()}
-        if getattr(self.args, "critic", None) == "shared":
+        if self._keeps_states:
             self._scored["states"] = torch.cat(states)
         return result, torch.cat(entropies) if compute_entropy else None, None
 
@@ -697,8 +699,9 @@ class PPOTrainer(PolicyGradientTrainer):
     def __init__(self, model, reward_funcs=None, args=None, *others,
                  value_model: nn.Module | None = None, **kwargs):
         super().__init__(model, reward_funcs, args, *others, **kwargs)
+        self._refuse_images("PPO: its critic")
         bare = self._bare_model()
-        if self.args.critic == "shared":
+        if self._keeps_states:
             if value_model is not None:
                 raise UserError("value_model is given and critic='shared' needs none: set "
                                 "critic='separate'.")
@@ -721,11 +724,15 @@ class PPOTrainer(PolicyGradientTrainer):
         self.critic = self.accelerator.prepare_model(critic.to(self.accelerator.device))
 
     @property
+    def _keeps_states(self) -> bool:
+        return self.args.critic == "shared"
+
+    @property
     def _warming_up(self) -> bool:
         return self.state.global_step < self.args.critic_warmup_steps
 
     def _values(self, batch, mask, states: Tensor | None = None) -> Tensor:
-        if self.args.critic == "shared":
+        if self._keeps_states:
             return values_of(self.critic, states) * mask
         with self.accelerator.autocast():
             values = self.critic(batch["prompt_ids"], batch["prompt_mask"],
@@ -735,7 +742,7 @@ class PPOTrainer(PolicyGradientTrainer):
 
     def _rollout_values(self, rollout, mask) -> Tensor:
         states = None
-        if self.args.critic == "shared":
+        if self._keeps_states:
             self._rollout_log_probs(self.model, rollout)
             states = self._scored["states"]
         rows = self.args.per_device_train_batch_size
@@ -784,7 +791,7 @@ class PPOTrainer(PolicyGradientTrainer):
 
     def _compute_loss(self, model, inputs):
         warming_up = self._mode == "train" and self._warming_up
-        shared = self.args.critic == "shared"
+        shared = self._keeps_states
         frozen = warming_up and not shared
         with torch.no_grad() if frozen else nullcontext():
             policy_loss = super()._compute_loss(model, inputs)

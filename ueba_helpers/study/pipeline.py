@@ -40,7 +40,7 @@ from pathlib import Path
 
 import psutil
 
-from ueba_helpers.data.files import write_json
+from ueba_helpers.data.files import atomic_path, write_json
 from ueba_helpers.errors import UserError
 from ueba_helpers.study.config import Profile
 from ueba_helpers.study.runs import (
@@ -327,17 +327,18 @@ def _products(stage: Stage, study: Path, before: Mapping, returned: Iterable[str
 
 def run_stages(stages: Sequence[Stage], *, study: Path | str, only: Sequence[str] = (),
                start: str | None = None, force: bool = False, keep_going: bool = False,
-               dry_run: bool = False, environment: Mapping[str, str] | None = None, jobs: int = 1,
+               dry_run: bool = False, environment: Mapping[str, str] | None = None,
+               profile_file: str = "", jobs: int = 1,
                tell: Callable[[str], None] = lambda line: None,
                tick: Callable[[str], None] = lambda line: None) -> list[Outcome]:
     """Run the stages that are not complete and unchanged; return one outcome for each.
 
     `force` repeats the stages asked for (not what they need). After a failure nothing else runs,
     or with `keep_going` all that does not need the failed stage; stages that run already go on to
-    their end. At most `jobs` run at a time. `tell` gets one line per event, `tick` the line of the
-    running stages several times a second. Raises `UserError` before the
-    first stage starts if a notebook is missing or lacks a parameter, or if another process holds
-    the study.
+    their end. `profile_file` is copied into the study, where its stages read it. At most `jobs` run
+    at a time. `tell` gets one line per event, `tick` the line of the running stages several times a
+    second. Raises `UserError` before the first stage starts if a notebook is missing or lacks a
+    parameter, or if another process holds the study.
     """
     study = Path(study).resolve()
     selected, asked = select(stages, only=only, start=start)
@@ -355,6 +356,9 @@ def run_stages(stages: Sequence[Stage], *, study: Path | str, only: Sequence[str
         raise UserError(f"{study} cannot be made ({error.strerror}). Choose another --runs."
                         ) from None
     with _lock(study):
+        if profile_file:
+            with atomic_path(study / Path(profile_file).name) as kept:
+                shutil.copyfile(profile_file, kept)
         outcomes = _Schedule(selected, asked, study=study, force=force, keep_going=keep_going,
                              dry_run=False, environment=environment, jobs=jobs, tell=tell,
                              tick=tick).run()

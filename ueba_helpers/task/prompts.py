@@ -66,7 +66,7 @@ _DETAILS = {
     "email": frozenset({"competitor", "external", "internal"}),
     "http": frozenset(WEB_CATEGORIES),
 }
-_ITEM_ID = re.compile(r"e[1-9][0-9]*")
+ITEM_ID = r"e[1-9][0-9]*"
 _TIME = re.compile(r"[0-9]{2}:[0-9]{2}")
 # Roles and departments of the CERT releases are made of these words ("ITAdmin", "1 - Research").
 _ORGANISATION = """
@@ -142,7 +142,7 @@ def _time(text: str) -> str:
 
 
 def _id(item: Evidence) -> str:
-    return _own(item.id, _ITEM_ID.fullmatch(item.id) is not None)
+    return _own(item.id, re.fullmatch(ITEM_ID, item.id) is not None)
 
 
 def _kind(item: Evidence) -> str:
@@ -160,8 +160,7 @@ def _fact_words(item: Evidence) -> Iterable[str]:
     for i, fact in enumerate(item.facts[_on_own_pc(item):], start=_on_own_pc(item)):
         first = i == 0 and bool(item.pc) and fact in _PC_FACTS
         known = first or re.fullmatch(shapes, fact) is not None
-        ours = known and not isinstance(fact, LogText)
-        yield _own(re.sub("(?<=[a-z]) (?=[a-z])", "_", fact) if ours else fact, known)
+        yield re.sub("(?<=[a-z]) (?=[a-z])", "_", _own(fact, known))  # what is escaped has no space
 
 
 def host_codes(window: Window) -> dict[str, str]:

@@ -7,11 +7,11 @@ Refused: a cost matrix under which some constant verdict pays (`CostMatrix`).
 The UEBA set. `ueba_format` is a gate: an invalid verdict earns -1 there and 0 from every other
 term. `ueba_accuracy` pays by an asymmetric cost matrix, `ueba_evidence` for citing the items that
 show it (no more than chance leaves over, so that citing everything or anything blindly pays
-nothing) and naming the features that the oracle names, `ueba_basis` for a
-basis that gives times and counts of true items. `ueba_reward` is exactly the weighted sum; its
-weights keep it in [-1, 1] and an invalid verdict below every valid one. On balanced prompts no
-constant verdict earns more than 0: for `ueba_accuracy` this follows from the matrix, for the sum
-tests search the verdicts that name a fixed label, features, ids and basis.
+nothing) and naming the features that the oracle names, `ueba_basis` for a basis that gives times
+and counts of true items. `ueba_reward` is exactly the weighted sum; its weights keep it in [-1, 1]
+and an invalid verdict below every valid one. On balanced prompts no constant verdict earns more
+than 0: for `ueba_accuracy` this follows from the matrix, for the sum tests search the verdicts
+that name a fixed label, features, ids and basis.
 
 The traditional set (accuracy, format, reasoning length) is what such rewards usually grow from:
 lenient extraction, additive format, length as a stand-in for reasoning. `BROKEN_REWARDS` are
@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ueba_helpers.errors import UserError
-from ueba_helpers.task.prompts import USUAL_FEATURES
+from ueba_helpers.task.prompts import ITEM_ID, USUAL_FEATURES
 from ueba_helpers.task.verdicts import (
     FEATURES,
     MAX_FEATURES,
@@ -249,7 +249,7 @@ _CLAIM = re.compile(r"(?<![\w:])[0-9]{1,2}:[0-9]{2}(?![\w:])|\bpc-?[0-9]+\b"
                     r"|(?<![\w:.%-])x?[0-9]+(?![\w:%]|\.[0-9])", re.IGNORECASE)
 
 
-_ID = re.compile(r"\be[1-9][0-9]*\b")
+_ID = re.compile(rf"\b{ITEM_ID}\b")
 
 
 @functools.lru_cache(maxsize=32_768)
