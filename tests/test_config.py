@@ -5,11 +5,14 @@ import json
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 
+from ueba_helpers.data import splits
 from ueba_helpers.errors import UserError
 from ueba_helpers.rl.settings import GRPOSettings, PPOSettings, RLSettings, SFTSettings
 from ueba_helpers.study import config
+from ueba_helpers.study.comparison import made_by
 from ueba_helpers.study.config import PROFILES, EvaluationSettings, SimulateSettings, profile
 
 
@@ -46,11 +49,11 @@ def _written(folder, text, name="mine.toml"):
 
 
 def test_a_file_changes_what_it_names_and_nothing_else(tmp_path):
-    name = _written(tmp_path, 'extends = "smoke"\nmax_items = 6\n[simulate]\ninsiders = [3, 3, 1]\n'
+    name = _written(tmp_path, 'extends = "smoke"\nmax_items = 6\n[simulate]\ninsiders = [3, 4, 1]\n'
                               '[policy]\nlora_rank = 8\n[rl]\nrewards = "traditional"\n'
                               'learning_rate = 1e-3\n[ppo]\nlam = 0.9\n')
     chosen, base = profile(name), profile("smoke")
-    assert (chosen.name, chosen.max_items, chosen.simulate.insiders) == ("mine", 6, (3, 3, 1))
+    assert (chosen.name, chosen.max_items, chosen.simulate.insiders) == ("mine", 6, (3, 4, 1))
     assert chosen.policy == dataclasses.replace(base.policy, lora_rank=8)
     both = {"rewards": "traditional", "learning_rate": 1e-3}
     assert chosen.grpo == dataclasses.replace(base.grpo, **both)
@@ -70,6 +73,26 @@ def test_where_a_profile_was_read_changes_no_hash_and_reaches_the_notebooks(tmp_
         assert profile(given["PROFILE"]) == here
 
 
+def _settings_hash(chosen):
+    return made_by(chosen, seed=0)["settings"]
+
+
+def test_a_longer_limit_or_another_forecast_makes_no_other_study(tmp_path):
+    from ueba_helpers.study.pipeline import stage_key, study_stages
+
+    chosen = profile(_written(tmp_path, 'extends = "smoke"\n'))
+    patient = profile(_written(tmp_path, 'extends = "smoke"\nleast_limit_minutes = 180\n'))
+    patient = dataclasses.replace(patient, about="other words", minutes={"other": 9.0})
+    assert patient.limit_seconds("data") > chosen.limit_seconds("data")
+    assert _settings_hash(patient) == _settings_hash(chosen)
+    keys = [[stage_key(stage, tmp_path) for stage in study_stages(
+        one, seed=0, data="", runs=tmp_path)] for one in (chosen, patient)]
+    assert keys[0] == keys[1]
+    for changed in ({"max_items": 6}, {"memory_limit": "2GB"}, {"name": "other"},
+                    {"windows": config.WindowSettings()}):
+        assert _settings_hash(dataclasses.replace(chosen, **changed)) != _settings_hash(chosen)
+
+
 @pytest.mark.parametrize(("text", "said"), [
     ("[rl]\nsteps = 4\n", "extends is None"),
     ('extends = "huge"\n', "extends is 'huge'"),
@@ -84,11 +107,41 @@ def test_where_a_profile_was_read_changes_no_hash_and_reaches_the_notebooks(tmp_
     ('extends = "smoke"\n[simulate]\ninsiders = 3\n', r"simulate\.insiders is 3.*a list"),
     ('extends = "smoke"\n[rl]\nsteps = 1\n', r"ppo\.critic_warmup_steps=1 is not possible"),
     ('extends = "smoke"\n[ppo]\nsteps = 9\n', "steps is a controlled variable"),
+    ('extends = "smoke"\n[rl]\nseed = 7\n', r"rl\.seed .* give --seed"),
+    ('extends = "smoke"\n[ppo]\nseed = 7\n', r"ppo\.seed .* give --seed"),
+    ('extends = "smoke"\nmemory_limit = "lots"\n', r"memory_limit='lots'.*'1GB'"),
+    ('extends = "smoke"\nmemory_limit = "0GB"\n', "memory_limit='0GB'"),
+    ('extends = "smoke"\nleast_limit_minutes = -4\n', r"least_limit_minutes=-4\.0.*above 0"),
+    ('extends = "smoke"\nleast_limit_minutes = inf\n', "least_limit_minutes=inf"),
+    ('extends = "smoke"\n[windows]\nhistory_days = 31\n', r"windows\.history_days=31.*1 to 30"),
+    ('extends = "smoke"\n[simulate]\ninsiders = [3, 3, 3]\n', r"simulate\.insiders=\(3, 3, 3\)"),
+    ('extends = "smoke"\n[simulate]\nweb_rate = 6\n', r"simulate\.web_rate=6\.0.*0\.01 to 5"),
+    ('extends = "smoke"\n[evaluation]\nalert_budgets = [2, 5000]\n',
+     r"evaluation\.alert_budgets=.*to 1000"),
+    ('extends = "smoke"\n[policy]\nmax_prompt_tokens = 4033\n',
+     r"policy\.max_prompt_tokens=4033.*64.*4096"),
     ('extends = "smoke"\n[rl\n', r"cannot be read as TOML.*line 2"),
 ])
 def test_a_profile_file_that_cannot_be_is_refused_by_file_and_field(tmp_path, text, said):
     with pytest.raises(UserError, match=rf"mine\.toml: .*{said}"):
         profile(_written(tmp_path, text))
+
+
+def test_the_largest_legal_values_are_taken(tmp_path):
+    chosen = profile(_written(tmp_path, (
+        'extends = "smoke"\nmemory_limit = "1.5 GiB"\n[windows]\nhistory_days = 30\n'
+        '[simulate]\ninsiders = [0, 4, 0]\nweb_rate = 5\n'
+        '[evaluation]\nalert_budgets = [1000]\n[policy]\nmax_prompt_tokens = 4032\n')))
+    assert chosen.policy.max_prompt_tokens + chosen.policy.max_completion_tokens == 4096
+    profile(_written(tmp_path, 'extends = "gpu"\n[policy]\nmax_prompt_tokens = 9000\n'))
+
+
+@pytest.mark.parametrize("insiders", range(1, 40))
+def test_a_scenario_reaches_dev_and_test_if_and_only_if_it_has_the_least_insiders(insiders):
+    users = pd.DataFrame({"user": [f"u{i:02}" for i in range(insiders)],
+                          "incident": range(insiders), "scenario": 2})
+    parts = splits.assign(users, seed=0)["part"]
+    assert (parts.nunique() == len(splits.SHARES)) == (insiders >= config.LEAST_INSIDERS)
 
 
 def test_a_profile_file_takes_no_name_of_ours_and_has_to_exist(tmp_path):

@@ -26,6 +26,9 @@ class _Settings:
                         "finite numbers")
 
 
+TINY_POSITIONS = 4096  # tokens of prompt and completion that the tiny policy can number
+
+
 @dataclass(frozen=True, kw_only=True)
 class PolicySettings(_Settings):
     """Which language model is trained, and how much of it."""
@@ -55,6 +58,11 @@ class PolicySettings(_Settings):
                 "64 and more")
         require(self.max_completion_tokens >= 16, "max_completion_tokens",
                 self.max_completion_tokens, "16 and more")
+        require(self.name != "tiny"
+                or self.max_prompt_tokens + self.max_completion_tokens <= TINY_POSITIONS,
+                "max_prompt_tokens", self.max_prompt_tokens, "64 and more, with "
+                f"max_completion_tokens ({self.max_completion_tokens}) at most {TINY_POSITIONS} "
+                "for the tiny policy")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ GPU.
 
 import importlib
 import importlib.util
+import math
 import re
 import tomllib
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ from ueba_helpers.rl.settings import (
     SFTSettings,
 )
 
+LEAST_INSIDERS = 4  # of one scenario: below it `splits.assign` leaves dev or test without any
 ALERT_BUDGETS = (1.0, 2.0, 5.0)  # alerts per 1,000 account-days; the middle one stands for all
 
 
@@ -52,7 +54,7 @@ class SimulateSettings:
                 f"20 and more, and at least three times the insiders ({3 * sum(self.insiders)})")
         require(self.days >= 60, "days", self.days,
                 "60 and more (weeks of history come before the first label)")
-        require(self.web_rate > 0, "web_rate", self.web_rate, "above 0")
+        require(0.01 <= self.web_rate <= 5, "web_rate", self.web_rate, "0.01 to 5")
         require(0 <= self.hardness <= 1, "hardness", self.hardness, "0 to 1")
         require(0 <= self.label_noise <= 0.9, "label_noise", self.label_noise, "0 to 0.9")
 
@@ -99,8 +101,9 @@ class EvaluationSettings:
                      "bootstrap", "batch_size"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 and more")
         require(0 < self.base_rate < 1, "base_rate", self.base_rate, "between 0 and 1")
-        require(bool(self.alert_budgets) and min(self.alert_budgets) > 0, "alert_budgets",
-                self.alert_budgets, "numbers above 0")
+        require(bool(self.alert_budgets) and all(0 < n <= 1000 for n in self.alert_budgets),
+                "alert_budgets", self.alert_budgets,
+                "above 0, to 1000 alerts per 1,000 account-days")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +133,18 @@ class Profile:
 
     def __post_init__(self):
         require(self.max_items >= 1, "max_items", self.max_items, "1 and more")
+        size = re.fullmatch(r"(\d+(?:\.\d+)?) ?[KMGT]i?B", self.memory_limit, re.IGNORECASE)
+        require(size is not None and float(size[1]) > 0, "memory_limit", self.memory_limit,
+                "sizes like '1GB' or '800MB'")
+        require(0 < self.least_limit_minutes < math.inf, "least_limit_minutes",
+                self.least_limit_minutes, "numbers above 0")
+        require(self.windows.history_days <= self.simulate.days // 2, "windows.history_days",
+                self.windows.history_days, f"1 to {self.simulate.days // 2}, half of simulate.days "
+                "(an account works five days of seven, and some must be left to judge; for a "
+                "longer release of your own raise simulate.days as well)")
+        require(max(self.simulate.insiders) >= LEAST_INSIDERS, "simulate.insiders",
+                self.simulate.insiders, f"counts of which one is {LEAST_INSIDERS} and more (a "
+                "scenario is dealt to four groups of users, of which dev and test need an insider)")
         for name in RLSettings.controlled():
             ppo, grpo = getattr(self.ppo, name), getattr(self.grpo, name)
             if ppo != grpo:
@@ -156,10 +171,15 @@ class Profile:
         return max(4 * self.expected_seconds(stage), 60.0 * self.least_limit_minutes)
 
     def as_dict(self) -> dict:
-        """Return the settings as plain values, ready for JSON; where they were read is none."""
-        values = asdict(self)
-        del values["file"]
-        return values
+        """Return the settings as plain values, ready for JSON: all that a result follows from.
+
+        What a profile says of itself, where it was read, and how long its stages may take is left
+        out: a corrected forecast makes no other study.
+        """
+        return {name: value for name, value in asdict(self).items() if name not in _NO_SETTING}
+
+
+_NO_SETTING = ("about", "file", "minutes", "least_limit_minutes")
 
 
 def _rl(**controlled) -> dict:
@@ -296,6 +316,10 @@ def _read_profile(path: Path) -> Profile:
     if not isinstance(base, str) or base not in PROFILES:
         raise UserError(f"{path}: extends is {base!r}; it has to be one of "
                         f"{', '.join(map(repr, PROFILES))}.")
+    for section in ("rl", "ppo", "grpo"):
+        if isinstance(asked.get(section), dict) and "seed" in asked[section]:
+            raise UserError(f"{path}: {section}.seed is the study's seed and not a profile's: give "
+                            "--seed (make study SEED=).")
     common = asked.pop("rl", {})
     if common:
         for method in ("ppo", "grpo"):
