@@ -14,6 +14,7 @@ from ueba_helpers.rl.settings import GRPOSettings, PPOSettings, RLSettings, SFTS
 from ueba_helpers.study import config
 from ueba_helpers.study.comparison import made_by
 from ueba_helpers.study.config import PROFILES, EvaluationSettings, SimulateSettings, profile
+from ueba_helpers.study.runs import PACKAGE
 
 
 @pytest.mark.parametrize("name", PROFILES)
@@ -175,6 +176,27 @@ def test_a_profile_file_takes_no_name_of_ours_and_has_to_exist(tmp_path):
 def test_an_impossible_value_names_its_field_and_the_legal_range(settings, values, field):
     with pytest.raises(UserError, match=f"^{field}=.*legal values are"):
         settings(**values)
+
+
+def _share_of_rl(examples):
+    """Return sft_all's processor seconds over the mean of PPO's and GRPO's, as published."""
+    shares = []
+    for study in (PACKAGE.parent / "results").glob("laptop-seed*"):
+        run = {json.loads((path / "config.json").read_text())["method"]: path
+               for path in study.iterdir() if path.is_dir()}
+        spent = {name: json.loads((path / "resources.json").read_text())["cpu_seconds"]
+                 for name, path in run.items()}
+        seen = json.loads((run["sft_all"] / "config.json").read_text())["configuration"]
+        each = spent["sft_all"] / seen["settings"]["examples"]
+        shares.append(2 * each * examples / (spent["ppo"] + spent["grpo"]))
+    return sum(shares) / len(shares)
+
+
+def test_sft_on_all_labels_takes_the_compute_of_the_mean_of_ppo_and_grpo():
+    examples = profile("laptop").sft_all.examples
+    assert profile("laptop").sft_all.epochs == 1
+    assert _share_of_rl(examples) == pytest.approx(1, abs=0.1)
+    assert _share_of_rl(1.2 * examples) != pytest.approx(1, abs=0.1), "a fifth more is not equal"
 
 
 @pytest.mark.parametrize("name", PROFILES)
