@@ -58,7 +58,7 @@ def test_an_arm_changes_what_it_names_and_can_be_trained(name, tmp_path):
 
 
 def test_an_unknown_arm_is_refused_with_the_legal_names():
-    with pytest.raises(UserError, match="'ppo'.*grpo_published, dr_grpo, rloo, gspo, reinforce"):
+    with pytest.raises(UserError, match=r"'ppo'.*grpo_published, dr_grpo, rloo, gspo, reinforce"):
         arm("ppo", profile("laptop").grpo)
 
 

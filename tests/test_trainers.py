@@ -421,7 +421,8 @@ def test_a_reward_of_none_carries_no_signal(tmp_path):
 
 @pytest.mark.parametrize("changes, word", [
     ({"beta": 0.1, "kl_coef": 0.2}, "kl_coef"), ({"kl_placement": "both"}, "kl_placement"),
-    ({"scale_rewards": "whiten"}, "scale_rewards")])
+    ({"scale_rewards": "whiten"}, "scale_rewards"),
+    ({"scale_rewards": "group", "kl_coef": 0.1}, "scale_rewards='group'")])
 def test_impossible_settings_name_their_field(changes, word, tmp_path):
     with pytest.raises(UserError, match=word):
         GRPOConfig(output_dir=str(tmp_path), **changes)
@@ -430,6 +431,59 @@ def test_impossible_settings_name_their_field(changes, word, tmp_path):
 def test_a_dataset_smaller_than_one_rollout_is_refused(tmp_path):
     with pytest.raises(UserError, match="one rollout takes 4"):
         make("grpo", tmp_path, count=2).train()
+
+
+def test_a_dataset_without_prompts_is_refused(tmp_path):
+    base, tokenizer = policy()
+    with pytest.raises(UserError, match="no column `prompt`; it has question, answer"):
+        GRPOTrainer(base, length_reward, GRPOConfig(output_dir=str(tmp_path)),
+                    prompts().rename_column("prompt", "question"), processing_class=tokenizer)
+
+
+@pytest.mark.parametrize("network", ["policy", "critic"])
+def test_a_gradient_of_nan_never_reaches_the_weights(network, tmp_path):
+    trainer = make("ppo", tmp_path)
+    module = {"policy": trainer.model, "critic": trainer.critic}[network]
+    before = flat(trainer.model)
+    next(module.parameters()).register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(UserError, match=f"gradient of the {network} is not finite at step 0"):
+        trainer.train()
+    assert torch.equal(before, flat(trainer.model))
+
+
+@pytest.mark.parametrize("value", [0.5, math.nan, math.inf])
+def test_a_reward_model_that_goes_wrong_is_named(value, tmp_path):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = type("Config", (), {"_name_or_path": "runs/scorer", "pad_token_id": 0})()
+            self.head = torch.nn.Linear(1, 1)
+
+        def forward(self, input_ids, **inputs):
+            logits = torch.full((input_ids.size(0), 1), value)
+            return type("Output", (), {"logits": logits})()
+
+    base, tokenizer = policy()
+    trainer = GRPOTrainer(
+        base, [Model(), length_reward], GRPOConfig(
+            output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=4,
+            num_generations=4, max_completion_length=3, save_strategy="no", disable_tqdm=True),
+        prompts(), processing_class=tokenizer, reward_processing_classes=[tokenizer, None])
+    if math.isfinite(value):
+        trainer.train()
+        assert history(trainer, "rewards/scorer/mean") == [value]
+    else:
+        with pytest.raises(UserError, match="reward model scorer returned a value that is not"):
+            trainer.train()
+
+
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.5])
+def test_the_policy_loss_is_logged_without_the_entropy_bonus(entropy_coef, tmp_path):
+    trainer = make("grpo", tmp_path, steps=1, entropy_coef=entropy_coef)
+    trainer.train()
+    assert len(history(trainer, "policy_loss")) == 1
+    assert abs(history(trainer, "policy_loss")[0]) < 1e-6, "advantages of a group sum to zero"
+    assert (abs(history(trainer, "loss")[0]) > 0.1) == bool(entropy_coef)
 
 
 def test_a_prompt_longer_than_the_context_is_refused(tmp_path):

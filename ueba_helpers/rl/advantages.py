@@ -7,6 +7,8 @@ completion that could not be scored. Pure tensor functions without state; they r
 does not divide into groups and a scale they do not know.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -180,23 +182,22 @@ def terminal_rewards(scores: Tensor, mask: Tensor) -> Tensor:
     return rewards.scatter(1, last.unsqueeze(1), scores.unsqueeze(1)) * mask
 
 
-def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
+def whiten(x: Tensor, mask: Tensor, total: Callable[[Tensor], Tensor] = torch.sum) -> Tensor:
     """Return x with mean zero and variance one over the mask, zero outside it.
 
     The variance is the unbiased one and 1e-8 is added to it, as in TRL 1.12's `masked_whiten`.
-    Without `shift_mean` the mean is kept.
+    `total` sums a scalar, over all ranks where a batch is spread over several.
 
     >>> whiten(torch.tensor([[1., 3., 99.]]), torch.tensor([[1, 1, 0]]))
     tensor([[-0.7071,  0.7071,  0.0000]])
     """
     mask = mask.to(x.dtype)
-    count = mask.sum()
+    count = total(mask.sum())
     if count < 2:
         raise ValueError("whitening needs at least two values inside the mask")
-    mean = (x * mask).sum() / count
-    variance = ((x - mean) ** 2 * mask).sum() / (count - 1)
-    whitened = (x - mean) * torch.rsqrt(variance + 1e-8)
-    return (whitened if shift_mean else whitened + mean) * mask
+    mean = total((x * mask).sum()) / count
+    variance = total(((x - mean) ** 2 * mask).sum()) / (count - 1)
+    return ((x - mean) * torch.rsqrt(variance + 1e-8) * mask).to(x.dtype)
 
 
 def kl_estimate(log_policy: Tensor, log_reference: Tensor, estimator: str = "k1") -> Tensor:

@@ -79,5 +79,14 @@ def load_critic(critic: nn.Module, folder: Path | str) -> bool:
         return json.loads((file.metadata() or {}).get("warm", "false"))
 
 
+def is_shared_critic(folder: Path | str) -> bool:
+    """Return whether the critic in a folder is a head alone, on the policy's hidden states."""
+    path = Path(folder) / CRITIC_FILE
+    if not path.exists():
+        return False
+    with safe_open(path, framework="pt") as file:
+        return not any(name.startswith("backbone.") for name in file.keys())  # noqa: SIM118
+
+
 def _frozen(critic: nn.Module) -> set[str]:
     return {name for name, parameter in critic.named_parameters() if not parameter.requires_grad}

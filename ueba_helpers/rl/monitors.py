@@ -69,8 +69,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "approx_kl": ("Mean k3 estimate of the KL between the sampling policy and the updated one.",
                   "nats per token"),
     "stands_still": ("One where the policy was held at the target KL.", "share of steps"),
-    "ratio/max": ("Largest probability ratio of updated to sampling policy of any token, "
-                  "averaged over micro-batches.", "1"),
+    "ratio/max": ("Largest probability ratio of updated to sampling policy of any token.", "1"),
     "clip_ratio/low_mean": ("Share of tokens clipped at the lower bound.", "share"),
     "clip_ratio/high_mean": ("Share of tokens clipped at the upper bound.", "share"),
     "clip_ratio/region_mean": ("Share of tokens clipped at either bound.", "share"),

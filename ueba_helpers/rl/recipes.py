@@ -37,7 +37,7 @@ from ueba_helpers.data.files import atomic_path, write_json
 from ueba_helpers.data.records import read_rows
 from ueba_helpers.data.seeding import generator
 from ueba_helpers.errors import UserError
-from ueba_helpers.rl.checkpoints import latest_checkpoint, load_critic, seal
+from ueba_helpers.rl.checkpoints import is_shared_critic, latest_checkpoint, load_critic, seal
 from ueba_helpers.rl.monitors import (
     HealthMonitor,
     MetricsWriter,
@@ -52,6 +52,7 @@ from ueba_helpers.rl.policies import (
     make_critic,
     tensor_bytes,
 )
+from ueba_helpers.rl.prefix import backbone_of
 from ueba_helpers.rl.rollouts import predict, tokenize_prompts
 from ueba_helpers.rl.settings import (
     GRPOSettings,
@@ -290,9 +291,17 @@ def load_trained(folder: Path | str, start: Path | str, policy: PolicySettings
 
 
 def load_trained_critic(out: Path | str, start: Path | str, policy: PolicySettings) -> Critic:
-    """Return the separate critic that a PPO run in `out` ended with."""
-    critic = make_critic(load_policy(start, policy))
-    load_critic(critic, out)
+    """Return the critic that a PPO run in `out` ended with.
+
+    A shared one reads the hidden states of the trained policy.
+    """
+    if is_shared_critic(out):
+        trained = Path(out) / ("adapter" if policy.lora_rank else "policy")
+        critic = Critic(backbone_of(load_trained(trained, start, policy)))
+        load_critic(critic.head, out)
+    else:
+        critic = make_critic(load_policy(start, policy))
+        load_critic(critic, out)
     return critic.eval()
 
 

@@ -115,6 +115,11 @@ class PolicyGradientConfig(trl.GRPOConfig):
             raise UserError("sync_ref_model=True is not possible: the KL is to the policy that "
                             "training began with, which stays as it is.")
         scale = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
+        if scale == "group" and self.kl_coef and self.kl_placement == "reward":
+            raise UserError("scale_rewards='group' is not possible with kl_placement='reward': in "
+                            "a group whose rewards are all equal the deviation is that of the KL "
+                            "alone, and dividing by it blows noise up. Use 'batch' or 'none', or "
+                            "kl_placement='loss'.")
         if scale not in self._scales:
             raise UserError(f"scale_rewards={scale!r} is not possible: legal values are "
                             f"{', '.join(map(repr, self._scales))}.")
@@ -154,10 +159,10 @@ class PPOConfig(PolicyGradientConfig):
     `critic_warmup_steps` optimiser steps only the critic learns, or until its explained variance
     exceeds `critic_warmup_until`, if that comes first. `critic_loss="bce"` reads the critic's
     output as a logit of where in `value_range` the return lies (PACT); returns beyond it count as
-    its ends. `length_adaptive_alpha` replaces `lam` by 1 - 1 / (alpha length) (VAPO). `scale_rewards="whiten"` gives
-    token advantages mean zero and variance one over the batch; the other scales divide by the
-    same deviation of sequence rewards as in GRPO. Not a group's: PPO's advantages of a group whose
-    rewards are equal need not be zero, and its deviation is.
+    its ends. `length_adaptive_alpha` replaces `lam` by 1 - 1 / (alpha length) (VAPO).
+    `scale_rewards="whiten"` gives token advantages mean zero and variance one over the batch; the
+    other scales divide by the same deviation of sequence rewards as in GRPO. Not a group's: PPO's
+    advantages of a group whose rewards are equal need not be zero, and its deviation is.
     """
 
     num_generations: int | None = field(default=1, metadata={"help": "Completions per prompt."})
@@ -291,6 +296,10 @@ class PolicyGradientTrainer(trl.GRPOTrainer):
         super().__init__(model, funcs, args, *others, **kwargs)
         self.args.beta = self.beta = wanted_beta
         self.scale_rewards = "none"  # of TRL's own advantages, which _advantages replaces
+        columns = getattr(self.train_dataset, "column_names", None)  # unknown for a stream
+        if columns is not None and "prompt" not in columns:
+            raise UserError("train_dataset has no column `prompt`; it has "
+                            f"{', '.join(columns)}. Rename the one that holds the prompts.")
         self.use_sampler = self._can_sample_here()
         self._why_plain = self._reason_for_plain_path()
         if self._why_plain and args.shared_prefix:
@@ -437,9 +446,15 @@ class PolicyGradientTrainer(trl.GRPOTrainer):
         return super().evaluate(*args, **kwargs)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        self._rewards_per_func = super()._calculate_rewards(inputs, prompts, completions,
-                                                            completion_ids_list)
-        return self._rewards_per_func
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        for name, func, column in zip(self.reward_func_names, self.reward_funcs, rewards.T,
+                                      strict=True):
+            # Of a function NaN stands for None; of a model it is a number gone wrong.
+            if isinstance(func, nn.Module) and not torch.isfinite(column).all():
+                raise UserError(f"reward model {name} returned a value that is not finite: check "
+                                "its weights and its dtype.")
+        self._rewards_per_func = rewards
+        return rewards
 
     def _generate_and_score_completions(self, inputs):
         rollout = super()._generate_and_score_completions(inputs)
@@ -621,21 +636,35 @@ class PolicyGradientTrainer(trl.GRPOTrainer):
         if not torch.isfinite(loss):
             raise UserError(f"the policy loss is {loss.item()} at step {self.state.global_step}: "
                             "training stops before the weights are harmed; lower learning_rate.")
-        self._log("policy_loss",
-                  self._sum_over_ranks(loss.detach()) / self.accelerator.num_processes)
+        if not self._entropy_bonus_enabled:  # TRL then logs the loss without the bonus
+            self._log("policy_loss",
+                      self._sum_over_ranks(loss.detach()) / self.accelerator.num_processes)
         old = inputs.get("old_per_token_logps")
         if old is None:  # one update per rollout: the sampler's own are the same policy's
             old = inputs.get("sampling_per_token_logps")
         new = self._scored["log_probs"]
         mask = _loss_mask(inputs)
-        log_ratio = torch.zeros_like(new) if old is None else (new - old) * mask
-        self._log("ratio/max", self.accelerator.gather(log_ratio.max().exp()).max())
-        kl = self._sum_over_ranks((log_ratio.exp() - 1 - log_ratio).sum())
+        old = new if old is None else old
+        largest = ((new - old) * mask).max().exp()
+        self._log("ratio/max", self.accelerator.gather(largest).max())
+        kl = self._sum_over_ranks((estimators.kl_estimate(old, new, "k3") * mask).sum())
         kl = kl / self._sum_over_ranks(mask.sum())
         self._log("approx_kl", kl)
         if self._mode == "train" and self.args.target_kl is not None:
             self._step_kl.append(float(kl))
         return loss
+
+    def _clip_grad_norm(self, model):
+        return self._finite(super()._clip_grad_norm(model), "policy", "learning_rate")
+
+    def _finite(self, norm, network: str, rate: str):
+        """Return a gradient's norm; raise before an optimiser step that would spread NaN."""
+        # fp16's loss scaler leaves such a step out itself and goes on with a smaller scale
+        if self.accelerator.scaler is None and not math.isfinite(float(norm)):
+            raise UserError(f"the gradient of the {network} is not finite at step "
+                            f"{self.state.global_step}: training stops before the weights are "
+                            f"harmed; lower {rate}.")
+        return norm
 
     def _hold_at_target_kl(self) -> None:
         """Drop the policy's gradients of a step that begins beyond the target KL.
@@ -851,20 +880,13 @@ class PPOTrainer(PolicyGradientTrainer):
         rollout["value_mask"] = mask * scorable.float().unsqueeze(1)
         self._log_critic(values, returns, rollout["value_mask"])
         if args.scale_rewards == "whiten":
-            return self._whiten(advantages, rollout["value_mask"])
+            return estimators.whiten(advantages, rollout["value_mask"],
+                                     total=self._sum_over_ranks)
         totals = self._gathered_returns(scores, penalties)
         scale = estimators.reward_scale(totals, self._group_size(), args.scale_rewards)
         # Rewards that are all but equal have no deviation to divide by; R - V need not be small.
         scale = scale.where(scale > _LEAST_SCALE, 1.0)
         return advantages / self._of_this_rank(scale, scores.numel()).unsqueeze(1)
-
-    def _whiten(self, advantages: Tensor, mask: Tensor) -> Tensor:
-        """`estimators.whiten` over all ranks."""
-        count = self._sum_over_ranks(mask.sum()).clamp(min=1)
-        mean = self._sum_over_ranks((advantages * mask).sum()) / count
-        variance = (self._sum_over_ranks(((advantages - mean) ** 2 * mask).sum())
-                    / (count - 1).clamp(min=1))
-        return ((advantages - mean) * torch.rsqrt(variance + 1e-8) * mask).to(advantages.dtype)
 
     def _log_critic(self, values, returns, mask) -> None:
         width = torch.tensor([values.size(1)], device=values.device)
@@ -952,8 +974,8 @@ class PPOTrainer(PolicyGradientTrainer):
     def _clip_grad_norm(self, model):
         policy_norm = super()._clip_grad_norm(model)
         # With fp16 the line above took the loss scale off both; Accelerate refuses to do it twice.
-        self._log("critic/grad_norm", nn.utils.clip_grad_norm_(self.critic.parameters(),
-                                                               self.args.critic_max_grad_norm))
+        norm = nn.utils.clip_grad_norm_(self.critic.parameters(), self.args.critic_max_grad_norm)
+        self._log("critic/grad_norm", self._finite(norm, "critic", "critic_learning_rate"))
         return policy_norm
 
     def save_beside_policy(self, folder):
