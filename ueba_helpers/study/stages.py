@@ -64,13 +64,13 @@ def prepare_data(chosen: Profile, seed: int, data: str, runs: str, *,
                 "code": code_fingerprint("data", "task/baselines.py")}
     if _read(home / "samples.json").get("settings") == json.loads(json.dumps(settings)):
         return home
-    release = Path(data) if data else Path(runs) / "data" / (
-        f"r4.2-{data_hash(chosen, seed=seed, data='')}")
+    release = _release(chosen, seed, data, runs)
     if data:
         cert.check_answers(release)
     else:
         say("simulating a release")
-        simulate.simulate(release, seed=seed, **asdict(chosen.simulate))
+        simulate.simulate(release, seed=seed, history_days=chosen.windows.history_days,
+                          **asdict(chosen.simulate))
     say("reading the release")
     ingested = _stored(release, home / "store", chosen.memory_limit)
     say("building windows")
@@ -100,6 +100,12 @@ def prepare_data(chosen: Profile, seed: int, data: str, runs: str, *,
                                        "release": str(release), "warnings": warnings,
                                        "audits": audit["outcome"].value_counts().to_dict()})
     return home
+
+
+def _release(chosen: Profile, seed: int, data: str, runs: str) -> Path:
+    """Return the folder of the given release, or of the simulated one."""
+    return Path(data) if data else Path(runs) / "data" / (
+        f"r4.2-{data_hash(chosen, seed=seed, data='')}")
 
 
 def prepare(profile: str, seed: int, data: str, runs: str) -> Path:
@@ -491,6 +497,14 @@ class Study:
         settings = self.profile.evaluation
         return evaluation.evaluate(judged, self.truth, self.sample(split), seed=self.seed,
                                    budgets=settings.alert_budgets, resamples=settings.bootstrap)
+
+    def best_possible(self, *, split: str = "dev") -> pd.DataFrame | None:
+        """Return what the best rule says about a split's sample; None where no truth is known."""
+        _check_split(split)
+        release = _release(self.profile, self.seed, self.data, self.runs)
+        if not (release / "truth").is_dir():
+            return None
+        return evaluation.best_possible(release, self.truth, self.sample(split), split=split)
 
     def costs(self, detector: str) -> Mapping[str, float]:
         """Return what a detector cost: seconds, peak memory in bytes, tokens, completions."""
