@@ -5,12 +5,23 @@ import json
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 
+from ueba_helpers.data import splits
 from ueba_helpers.errors import UserError
-from ueba_helpers.rl.settings import GRPOSettings, PPOSettings, RLSettings, SFTSettings
+from ueba_helpers.rl.settings import (
+    ARMS,
+    GRPOSettings,
+    PPOSettings,
+    RLSettings,
+    SFTSettings,
+    arm,
+)
 from ueba_helpers.study import config
+from ueba_helpers.study.comparison import made_by
 from ueba_helpers.study.config import PROFILES, EvaluationSettings, SimulateSettings, profile
+from ueba_helpers.study.runs import PACKAGE
 
 
 @pytest.mark.parametrize("name", PROFILES)
@@ -28,10 +39,53 @@ def test_the_check_of_controlled_variables_rejects_an_unequal_pair():
 
 def test_ppo_and_grpo_differ_only_by_what_their_classes_add():
     own = {field.name for field in dataclasses.fields(PPOSettings)} - set(RLSettings.controlled())
-    assert own == {"critic", "critic_learning_rate_ratio", "critic_warmup_steps", "gamma", "lam",
-                   "value_clip"}
-    assert {field.name for field in dataclasses.fields(GRPOSettings)} == set(
-        RLSettings.controlled())
+    assert own == {"critic", "critic_learning_rate_ratio", "critic_warmup_steps",
+                   "critic_warmup_until", "critic_max_grad_norm", "critic_loss", "value_range",
+                   "gamma", "lam", "critic_lam", "length_adaptive_alpha", "value_clip"}
+    assert {field.name for field in dataclasses.fields(GRPOSettings)} == {
+        *RLSettings.controlled(), "baseline", "baseline_floor"}
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_an_arm_changes_what_it_names_and_can_be_trained(name, tmp_path):
+    from ueba_helpers.rl.recipes import _shared_config
+    from ueba_helpers.rl.trainers import GRPOConfig
+
+    base = profile("laptop").grpo
+    changed = arm(name, base)
+    assert {field for field in vars(base) if getattr(base, field) != getattr(changed, field)} == {
+        field for field, value in ARMS[name].items() if getattr(base, field) != value} != set()
+    config = GRPOConfig(**_shared_config(tmp_path, changed, profile("laptop").policy))
+    assert (config.loss_type, config.scale_rewards) == (changed.loss_type, changed.scale_rewards)
+    assert config.beta == (0.04 if name == "grpo_published" else 0)
+    assert config.importance_sampling_level == ("sequence" if name == "gspo" else "token")
+
+
+def test_an_unknown_arm_is_refused_with_the_legal_names():
+    with pytest.raises(UserError, match=r"'ppo'.*grpo_published, dr_grpo, rloo, gspo, reinforce"):
+        arm("ppo", profile("laptop").grpo)
+
+
+def test_false_in_a_file_takes_away_what_may_be_absent(tmp_path):
+    name = _written(tmp_path, 'extends = "laptop"\n[ppo]\ncritic_loss = "bce"\n'
+                              'value_clip = false\nvalue_range = [-1.5, 1.0]\n')
+    chosen = profile(name).ppo
+    assert (chosen.value_clip, chosen.value_range) == (None, (-1.5, 1.0))
+    for line, word in (("critic_loss = \"bce\"", "value_clip"), ("lam = false", "ppo.lam"),
+                       ("value_range = [1.0, 0.0]", "value_range"),
+                       ("critic_loss = \"mae\"", "critic_loss"),
+                       ("critic_warmup_until = 1.0", "critic_warmup_until")):
+        with pytest.raises(UserError, match=word):
+            profile(_written(tmp_path, f'extends = "laptop"\n[ppo]\n{line}\n'))
+
+
+@pytest.mark.parametrize("changes, word", [
+    ({"importance_sampling_level": "sequence"}, "loss_type"), ({"target_kl": 0.0}, "target_kl"),
+    ({"loss_type": "sum"}, "loss_type"), ({"baseline": "median"}, "baseline"),
+    ({"baseline": "none", "baseline_floor": 0.0}, "baseline_floor")])
+def test_impossible_settings_of_an_arm_name_their_field(changes, word):
+    with pytest.raises(UserError, match=word):
+        GRPOSettings(**changes)
 
 
 def test_an_unknown_profile_is_refused_with_the_legal_names():
@@ -46,11 +100,11 @@ def _written(folder, text, name="mine.toml"):
 
 
 def test_a_file_changes_what_it_names_and_nothing_else(tmp_path):
-    name = _written(tmp_path, 'extends = "smoke"\nmax_items = 6\n[simulate]\ninsiders = [3, 3, 1]\n'
+    name = _written(tmp_path, 'extends = "smoke"\nmax_items = 6\n[simulate]\ninsiders = [3, 4, 1]\n'
                               '[policy]\nlora_rank = 8\n[rl]\nrewards = "traditional"\n'
                               'learning_rate = 1e-3\n[ppo]\nlam = 0.9\n')
     chosen, base = profile(name), profile("smoke")
-    assert (chosen.name, chosen.max_items, chosen.simulate.insiders) == ("mine", 6, (3, 3, 1))
+    assert (chosen.name, chosen.max_items, chosen.simulate.insiders) == ("mine", 6, (3, 4, 1))
     assert chosen.policy == dataclasses.replace(base.policy, lora_rank=8)
     both = {"rewards": "traditional", "learning_rate": 1e-3}
     assert chosen.grpo == dataclasses.replace(base.grpo, **both)
@@ -70,6 +124,26 @@ def test_where_a_profile_was_read_changes_no_hash_and_reaches_the_notebooks(tmp_
         assert profile(given["PROFILE"]) == here
 
 
+def _settings_hash(chosen):
+    return made_by(chosen, seed=0)["settings"]
+
+
+def test_a_longer_limit_or_another_forecast_makes_no_other_study(tmp_path):
+    from ueba_helpers.study.pipeline import stage_key, study_stages
+
+    chosen = profile(_written(tmp_path, 'extends = "smoke"\n'))
+    patient = profile(_written(tmp_path, 'extends = "smoke"\nleast_limit_minutes = 180\n'))
+    patient = dataclasses.replace(patient, about="other words", minutes={"other": 9.0})
+    assert patient.limit_seconds("data") > chosen.limit_seconds("data")
+    assert _settings_hash(patient) == _settings_hash(chosen)
+    keys = [[stage_key(stage, tmp_path) for stage in study_stages(
+        one, seed=0, data="", runs=tmp_path)] for one in (chosen, patient)]
+    assert keys[0] == keys[1]
+    for changed in ({"max_items": 6}, {"memory_limit": "2GB"}, {"name": "other"},
+                    {"windows": config.WindowSettings()}):
+        assert _settings_hash(dataclasses.replace(chosen, **changed)) != _settings_hash(chosen)
+
+
 @pytest.mark.parametrize(("text", "said"), [
     ("[rl]\nsteps = 4\n", "extends is None"),
     ('extends = "huge"\n', "extends is 'huge'"),
@@ -87,6 +161,19 @@ def test_where_a_profile_was_read_changes_no_hash_and_reaches_the_notebooks(tmp_
     ('extends = "smoke"\n[rl]\nrewards = "ueba_think"\n', r'ueba_think.*style = "think"'),
     ('extends = "smoke"\n[rl]\nrewards = "ueba_calibrated"\n', r"needs confidence = true"),
     ('extends = "smoke"\nstyle = "loud"\n', "style='loud' is not possible.*'risk_first'"),
+    ('extends = "smoke"\n[rl]\nseed = 7\n', r"rl\.seed .* give --seed"),
+    ('extends = "smoke"\n[ppo]\nseed = 7\n', r"ppo\.seed .* give --seed"),
+    ('extends = "smoke"\nmemory_limit = "lots"\n', r"memory_limit='lots'.*'1GB'"),
+    ('extends = "smoke"\nmemory_limit = "0GB"\n', "memory_limit='0GB'"),
+    ('extends = "smoke"\nleast_limit_minutes = -4\n', r"least_limit_minutes=-4\.0.*above 0"),
+    ('extends = "smoke"\nleast_limit_minutes = inf\n', "least_limit_minutes=inf"),
+    ('extends = "smoke"\n[windows]\nhistory_days = 31\n', r"windows\.history_days=31.*1 to 30"),
+    ('extends = "smoke"\n[simulate]\ninsiders = [3, 3, 3]\n', r"simulate\.insiders=\(3, 3, 3\)"),
+    ('extends = "smoke"\n[simulate]\nweb_rate = 6\n', r"simulate\.web_rate=6\.0.*0\.01 to 5"),
+    ('extends = "smoke"\n[evaluation]\nalert_budgets = [2, 5000]\n',
+     r"evaluation\.alert_budgets=.*to 1000"),
+    ('extends = "smoke"\n[policy]\nmax_prompt_tokens = 4033\n',
+     r"policy\.max_prompt_tokens=4033.*64.*4096"),
     ('extends = "smoke"\n[rl\n', r"cannot be read as TOML.*line 2"),
 ])
 def test_a_profile_file_that_cannot_be_is_refused_by_file_and_field(tmp_path, text, said):
@@ -100,6 +187,23 @@ def test_what_a_reward_scores_can_be_asked_for(tmp_path, asked, rewards):
     chosen = profile(_written(
         tmp_path, f'extends = "smoke"\n{asked}\n[rl]\nrewards = "{rewards}"\n'))
     assert chosen.ppo.rewards == chosen.grpo.rewards == rewards
+
+
+def test_the_largest_legal_values_are_taken(tmp_path):
+    chosen = profile(_written(tmp_path, (
+        'extends = "smoke"\nmemory_limit = "1.5 GiB"\n[windows]\nhistory_days = 30\n'
+        '[simulate]\ninsiders = [0, 4, 0]\nweb_rate = 5\n'
+        '[evaluation]\nalert_budgets = [1000]\n[policy]\nmax_prompt_tokens = 4032\n')))
+    assert chosen.policy.max_prompt_tokens + chosen.policy.max_completion_tokens == 4096
+    profile(_written(tmp_path, 'extends = "gpu"\n[policy]\nmax_prompt_tokens = 9000\n'))
+
+
+@pytest.mark.parametrize("insiders", range(1, 40))
+def test_a_scenario_reaches_dev_and_test_if_and_only_if_it_has_the_least_insiders(insiders):
+    users = pd.DataFrame({"user": [f"u{i:02}" for i in range(insiders)],
+                          "incident": range(insiders), "scenario": 2})
+    parts = splits.assign(users, seed=0)["part"]
+    assert (parts.nunique() == len(splits.SHARES)) == (insiders >= config.LEAST_INSIDERS)
 
 
 def test_a_profile_file_takes_no_name_of_ours_and_has_to_exist(tmp_path):
@@ -133,6 +237,27 @@ def test_a_profile_file_takes_no_name_of_ours_and_has_to_exist(tmp_path):
 def test_an_impossible_value_names_its_field_and_the_legal_range(settings, values, field):
     with pytest.raises(UserError, match=f"^{field}=.*legal values are"):
         settings(**values)
+
+
+def _share_of_rl(examples):
+    """Return sft_all's processor seconds over the mean of PPO's and GRPO's, as published."""
+    shares = []
+    for study in (PACKAGE.parent / "results").glob("laptop-seed*"):
+        run = {json.loads((path / "config.json").read_text())["method"]: path
+               for path in study.iterdir() if path.is_dir()}
+        spent = {name: json.loads((path / "resources.json").read_text())["cpu_seconds"]
+                 for name, path in run.items()}
+        seen = json.loads((run["sft_all"] / "config.json").read_text())["configuration"]
+        each = spent["sft_all"] / seen["settings"]["examples"]
+        shares.append(2 * each * examples / (spent["ppo"] + spent["grpo"]))
+    return sum(shares) / len(shares)
+
+
+def test_sft_on_all_labels_takes_the_compute_of_the_mean_of_ppo_and_grpo():
+    examples = profile("laptop").sft_all.examples
+    assert profile("laptop").sft_all.epochs == 1
+    assert _share_of_rl(examples) == pytest.approx(1, abs=0.1)
+    assert _share_of_rl(1.2 * examples) != pytest.approx(1, abs=0.1), "a fifth more is not equal"
 
 
 @pytest.mark.parametrize("name", PROFILES)

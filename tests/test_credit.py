@@ -2,13 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from tests.tiny import policy
 from ueba_helpers.rl import credit
 from ueba_helpers.rl.policies import make_critic, seeded_torch
-from ueba_helpers.task.rewards import ueba_reward
+from ueba_helpers.task.rewards import TRAINABLE, ueba_reward
 from ueba_helpers.task.verdicts import render_verdict
 
 VERDICT = render_verdict(evidence=["e1"], features=["usual_hours", "own_workstation"],
@@ -67,6 +68,23 @@ def test_groups_share_a_prompt_and_are_rewarded_as_in_training():
     columns = {name: [row[name] for row in drawn.rows] for name in drawn.rows[0]}
     assert drawn.rewards.tolist() == ueba_reward(texts, **columns)
     assert draw().ids == drawn.ids != draw(seed=1).ids
+
+
+@pytest.mark.parametrize("rewards", sorted(TRAINABLE))
+def test_rewards_and_temperature_are_those_of_the_run(rewards):
+    drawn, columns = draw(rewards=rewards, temperature=0.5), {}
+    for name in drawn.rows[0]:
+        columns[name] = [row[name] for row in drawn.rows]
+    _, tokenizer = policy()
+    texts = tokenizer.batch_decode(drawn.ids, skip_special_tokens=True)
+    expected = sum(weight * np.array(term(texts, **columns)) for term, weight in TRAINABLE[rewards])
+    np.testing.assert_allclose(drawn.rewards, expected, atol=1e-12)
+    assert draw(rewards=rewards).ids != drawn.ids, "another temperature, other completions"
+    assert draw(temperature=0.5).ids == drawn.ids, "what is paid changes nothing that is drawn"
+
+
+def test_another_set_of_rewards_pays_the_same_completions_otherwise():
+    assert (draw(rewards="traditional").rewards != draw(rewards="ueba").rewards).any()
 
 
 def test_values_are_the_critics_whatever_the_batch():

@@ -19,7 +19,7 @@ from ueba_helpers.data.seeding import generator
 from ueba_helpers.rl.advantages import explained_variance
 from ueba_helpers.rl.policies import Critic
 from ueba_helpers.rl.rollouts import end_tokens, generate, pad_left, pad_right, tokenize_prompts
-from ueba_helpers.task.rewards import ueba_reward
+from ueba_helpers.task.rewards import TRAINABLE
 
 PLACES = ("first token", "evidence written", "before the risk", "verdict written")
 _AFTER_EVIDENCE, _BEFORE_RISK = '"features"', '"risk": "'
@@ -45,21 +45,29 @@ class Sample:
 
 
 def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict], *,
-           group_size: int, seed: int, max_new_tokens: int) -> Sample:
-    """Return `group_size` completions of each prompt row, drawn at temperature 1 and rewarded."""
+           group_size: int, seed: int, max_new_tokens: int, rewards: str = "ueba",
+           temperature: float = 1.0) -> Sample:
+    """Return `group_size` completions of each prompt row, drawn and rewarded as in training.
+
+    `rewards` names what a policy may be trained on (`rewards.TRAINABLE`); each reward is exactly
+    the weighted sum of its terms.
+    """
     repeated = [row for row in rows for _ in range(group_size)]
     prompts = [ids for ids in tokenize_prompts(tokenizer, [row["prompt"] for row in rows])
                for _ in range(group_size)]
     draws = generator(seed, "credit rollouts").random((len(prompts), max_new_tokens))
     done = generate(model, prompts, max_new_tokens=max_new_tokens, uniforms=draws,
-                    eos_token_ids=end_tokens(model, tokenizer),
-                    pad_token_id=tokenizer.pad_token_id)
+                    temperature=temperature,
+                    eos_token_ids=end_tokens(model, tokenizer), pad_token_id=tokenizer.pad_token_id)
     texts = tokenizer.batch_decode(done.ids, skip_special_tokens=True)
     columns = {name: [row[name] for row in repeated] for name in rows[0]}
+    terms = [[weight * value for value in term(texts, **columns)]
+             for term, weight in TRAINABLE[rewards]]
     return Sample(
         rows=repeated, prompts=prompts, ids=done.ids,
         pieces=[[tokenizer.decode([token]) for token in ids] for ids in done.ids],
-        rewards=torch.tensor(ueba_reward(texts, **columns), dtype=torch.float64),
+        rewards=torch.tensor([math.fsum(row) for row in zip(*terms, strict=True)],
+                             dtype=torch.float64),
         mask=pad_right(done.ids, tokenizer.pad_token_id)[1].double(),
         pad_token_id=tokenizer.pad_token_id)
 

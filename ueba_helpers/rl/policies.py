@@ -32,7 +32,7 @@ from ueba_helpers.data.files import atomic_path
 from ueba_helpers.data.seeding import derived_seed
 from ueba_helpers.errors import UserError
 from ueba_helpers.rl.prefix import backbone_of, completion_states, plain_states
-from ueba_helpers.rl.settings import PolicySettings
+from ueba_helpers.rl.settings import TINY_POSITIONS, PolicySettings
 
 # One bar per checkpoint says nothing about a study, and fills notebooks and logs.
 disable_progress_bar()
@@ -78,7 +78,7 @@ def make_tiny(folder: Path | str, texts: Iterable[str], settings: PolicySettings
         vocab_size=len(tokenizer), hidden_size=settings.hidden_size,
         intermediate_size=3 * settings.hidden_size, num_hidden_layers=settings.layers,
         num_attention_heads=heads, num_key_value_heads=max(1, heads // 2), head_dim=32,
-        max_position_embeddings=4096, tie_word_embeddings=True, attention_dropout=0.0,
+        max_position_embeddings=TINY_POSITIONS, tie_word_embeddings=True, attention_dropout=0.0,
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None, use_cache=True,
     )

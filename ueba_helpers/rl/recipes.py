@@ -37,7 +37,7 @@ from ueba_helpers.data.files import atomic_path, write_json
 from ueba_helpers.data.records import append_row, cut_rows, plain, read_rows
 from ueba_helpers.data.seeding import generator
 from ueba_helpers.errors import UserError
-from ueba_helpers.rl.checkpoints import latest_checkpoint, load_critic, seal
+from ueba_helpers.rl.checkpoints import is_shared_critic, latest_checkpoint, load_critic, seal
 from ueba_helpers.rl.monitors import (
     HealthMonitor,
     MetricsWriter,
@@ -52,6 +52,7 @@ from ueba_helpers.rl.policies import (
     make_critic,
     tensor_bytes,
 )
+from ueba_helpers.rl.prefix import backbone_of
 from ueba_helpers.rl.rollouts import predict, tokenize_prompts
 from ueba_helpers.rl.settings import (
     GRPOSettings,
@@ -159,8 +160,10 @@ def ppo(start: Path | str, out: Path | str, rows: Sequence[Mapping], settings: P
     config |= {"critic": settings.critic, "gamma": settings.gamma, "lam": settings.lam,
                "critic_learning_rate": settings.learning_rate
                * settings.critic_learning_rate_ratio,
-               "critic_warmup_steps": settings.critic_warmup_steps,
-               "value_clip": settings.value_clip,
+               **{name: getattr(settings, name) for name in (
+                   "critic_warmup_steps", "critic_warmup_until", "critic_max_grad_norm",
+                   "critic_loss", "value_range", "critic_lam", "length_adaptive_alpha",
+                   "value_clip")},
                "vf_coef": 1.0 if settings.critic == "separate" else 0.1}
     return reinforce(PPOTrainer, PPOConfig(**config), start, out, rows, settings, policy,
                      **options)
@@ -169,7 +172,8 @@ def ppo(start: Path | str, out: Path | str, rows: Sequence[Mapping], settings: P
 def grpo(start: Path | str, out: Path | str, rows: Sequence[Mapping], settings: GRPOSettings,
          policy: PolicySettings, **options) -> Trained:
     """Train a policy by GRPO against its group's mean; see `reinforce` for the options."""
-    config = GRPOConfig(**_shared_config(out, settings, policy))
+    config = GRPOConfig(**_shared_config(out, settings, policy), baseline=settings.baseline,
+                        baseline_floor=settings.baseline_floor)
     return reinforce(GRPOTrainer, config, start, out, rows, settings, policy, **options)
 
 
@@ -196,7 +200,9 @@ def _shared_config(out: Path | str, settings: RLSettings, policy: PolicySettings
         "temperature": settings.temperature, "epsilon": settings.clip_low,
         "epsilon_high": settings.clip_high, "kl_coef": settings.kl_coef,
         "kl_placement": settings.kl_placement, "scale_rewards": settings.scale_rewards,
-        "max_grad_norm": settings.max_grad_norm, "loss_type": "dapo",
+        "max_grad_norm": settings.max_grad_norm, "loss_type": settings.loss_type,
+        "importance_sampling_level": settings.importance_sampling_level,
+        "target_kl": settings.target_kl,
         "missing_eos_penalty": settings.missing_eos_penalty,
         "shared_prefix": settings.shared_prefix, "weight_decay": 0.0, "seed": settings.seed,
         "save_strategy": "steps", "save_steps": settings.save_steps, "save_total_limit": 3,
@@ -240,7 +246,8 @@ def reinforce(trainer_class: type[PolicyGradientTrainer], config, start: Path | 
     trainer.add_callback(MetricsWriter(
         metrics, out / "timings.jsonl", monitor=monitor,
         keys=metric_keys(trainer._name.lower(), trainer.reward_func_names,
-                         kl_in_loss=bool(trainer.beta), text=True)))
+                         kl_in_loss=bool(trainer.beta), target_kl=settings.target_kl is not None,
+                         text=True)))
     if held_out:
         trainer.add_callback(_HeldOut(trainer, tokenizer, held_out, policy, evaluate_every,
                                       monitor, out / "held_out.jsonl", on_held_out))
@@ -289,9 +296,17 @@ def load_trained(folder: Path | str, start: Path | str, policy: PolicySettings
 
 
 def load_trained_critic(out: Path | str, start: Path | str, policy: PolicySettings) -> Critic:
-    """Return the separate critic that a PPO run in `out` ended with."""
-    critic = make_critic(load_policy(start, policy))
-    load_critic(critic, out)
+    """Return the critic that a PPO run in `out` ended with.
+
+    A shared one reads the hidden states of the trained policy.
+    """
+    if is_shared_critic(out):
+        trained = Path(out) / ("adapter" if policy.lora_rank else "policy")
+        critic = Critic(backbone_of(load_trained(trained, start, policy)))
+        load_critic(critic.head, out)
+    else:
+        critic = make_critic(load_policy(start, policy))
+        load_critic(critic, out)
     return critic.eval()
 
 
@@ -427,23 +442,30 @@ class _HeldOut(TrainerCallback):
         self.path, self.report = path, report
 
     def on_train_begin(self, args, state, control, **kwargs):
-        for row in cut_rows(self.path, state.global_step if state.global_step else -1):
-            self.monitor.add_held_out(row["step"], row)
+        begun = state.global_step or -1  # a fresh run judges the start itself
+        for row in read_rows(self.path):
+            if row["step"] <= begun:
+                self.monitor.add_held_out(row["step"], row)
+        if state.is_world_process_zero:
+            cut_rows(self.path, begun)
         if state.global_step == 0:
-            self._judge(0)
+            self._judge(state)
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.every == 0 or state.global_step == args.max_steps:
-            self._judge(state.global_step)
+            self._judge(state)
 
-    def _judge(self, step: int) -> None:
+    def _judge(self, state) -> None:
+        step = state.global_step
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         table = predict(model, self.tokenizer, self.rows, detector="", seed=0, split="",
                         max_new_tokens=self.policy.max_completion_tokens)
         found = held_out_metrics(table["label"], table["risk"], table["evidence"],
                                  [row["evidence_truth"] for row in self.rows])
         self.monitor.add_held_out(step, found)
-        append_row(self.path, {"step": step, **{key: plain(found[key]) for key in sorted(found)}})
+        if state.is_world_process_zero:
+            append_row(self.path, {"step": step,
+                                   **{key: plain(found[key]) for key in sorted(found)}})
         if self.report:
             self.report(step, found)
 

@@ -50,8 +50,8 @@ LEAST_INCIDENTS = 10  # judged: below it a comparison tells of these insiders, n
 _TABLE, _MADE_BY, _VERDICT = "comparison.csv", "comparison.json", "verdict.json"
 _SAME = ("profile", "data", "settings", "code", "versions")  # in all studies that are pooled
 _BESIDE = "incidents"  # a column of comparison.csv that the headline does not show
-_CODE = ("data", "task", "rl", "study/comparison.py", "study/config.py", "study/evaluation.py",
-         "study/pseudonyms.py", "study/runs.py", "study/stages.py")
+_CODE = ("data", "task", "rl", "study/comparison.py", "study/evaluation.py",  # the settings of
+         "study/pseudonyms.py", "study/runs.py", "study/stages.py")  # config.py count by value
 _AGAIN = "Run it with --only 07_comparison --force."
 
 

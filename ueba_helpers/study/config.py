@@ -10,6 +10,7 @@ GPU.
 import importlib
 import importlib.util
 import json
+import math
 import re
 import tomllib
 from collections.abc import Mapping
@@ -27,6 +28,7 @@ from ueba_helpers.rl.settings import (
 from ueba_helpers.task.rewards import ASKED
 from ueba_helpers.task.verdicts import STYLES
 
+LEAST_INSIDERS = 4  # of one scenario: below it `splits.assign` leaves dev or test without any
 ALERT_BUDGETS = (1.0, 2.0, 5.0)  # alerts per 1,000 account-days; the middle one stands for all
 
 
@@ -55,7 +57,7 @@ class SimulateSettings:
                 f"20 and more, and at least three times the insiders ({3 * sum(self.insiders)})")
         require(self.days >= 60, "days", self.days,
                 "60 and more (weeks of history come before the first label)")
-        require(self.web_rate > 0, "web_rate", self.web_rate, "above 0")
+        require(0.01 <= self.web_rate <= 5, "web_rate", self.web_rate, "0.01 to 5")
         require(0 <= self.hardness <= 1, "hardness", self.hardness, "0 to 1")
         require(0 <= self.label_noise <= 0.9, "label_noise", self.label_noise, "0 to 0.9")
 
@@ -102,8 +104,9 @@ class EvaluationSettings:
                      "bootstrap", "batch_size"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 and more")
         require(0 < self.base_rate < 1, "base_rate", self.base_rate, "between 0 and 1")
-        require(bool(self.alert_budgets) and min(self.alert_budgets) > 0, "alert_budgets",
-                self.alert_budgets, "numbers above 0")
+        require(bool(self.alert_budgets) and all(0 < n <= 1000 for n in self.alert_budgets),
+                "alert_budgets", self.alert_budgets,
+                "above 0, to 1000 alerts per 1,000 account-days")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +117,11 @@ class Profile:
     compute equal to RL's. `minutes` says how long each stage is expected to take before a first
     run has measured it; a stage is stopped at `limit_seconds`. `style` and `confidence` say what
     the prompts ask a verdict to be; demonstrations then have it too.
+    `sft` is the cold start that RL begins from; `sft_all` is its rival, SFT on all labels. One
+    rival of two cannot equal both: in `laptop` its `examples` are set so that it takes the mean of
+    PPO's and GRPO's processor seconds, as the published run measured them. `minutes` says how long
+    each stage is expected to take before a first run has measured it; a stage is stopped at
+    `limit_seconds`.
     """
 
     name: str
@@ -141,6 +149,18 @@ class Profile:
         if asked and getattr(self, asked) != wanted:
             raise UserError(f"Profile {self.name}: rewards={self.grpo.rewards!r} scores what the "
                             f"prompts do not ask for: it needs {asked} = {json.dumps(wanted)}.")
+        size = re.fullmatch(r"(\d+(?:\.\d+)?) ?[KMGT]i?B", self.memory_limit, re.IGNORECASE)
+        require(size is not None and float(size[1]) > 0, "memory_limit", self.memory_limit,
+                "sizes like '1GB' or '800MB'")
+        require(0 < self.least_limit_minutes < math.inf, "least_limit_minutes",
+                self.least_limit_minutes, "numbers above 0")
+        require(self.windows.history_days <= self.simulate.days // 2, "windows.history_days",
+                self.windows.history_days, f"1 to {self.simulate.days // 2}, half of simulate.days "
+                "(an account works five days of seven, and some must be left to judge; for a "
+                "longer release of your own raise simulate.days as well)")
+        require(max(self.simulate.insiders) >= LEAST_INSIDERS, "simulate.insiders",
+                self.simulate.insiders, f"counts of which one is {LEAST_INSIDERS} and more (a "
+                "scenario is dealt to four groups of users, of which dev and test need an insider)")
         for name in RLSettings.controlled():
             ppo, grpo = getattr(self.ppo, name), getattr(self.grpo, name)
             if ppo != grpo:
@@ -167,10 +187,15 @@ class Profile:
         return max(4 * self.expected_seconds(stage), 60.0 * self.least_limit_minutes)
 
     def as_dict(self) -> dict:
-        """Return the settings as plain values, ready for JSON; where they were read is none."""
-        values = asdict(self)
-        del values["file"]
-        return values
+        """Return the settings as plain values, ready for JSON: all that a result follows from.
+
+        What a profile says of itself, where it was read, and how long its stages may take is left
+        out: a corrected forecast makes no other study.
+        """
+        return {name: value for name, value in asdict(self).items() if name not in _NO_SETTING}
+
+
+_NO_SETTING = ("about", "file", "minutes", "least_limit_minutes")
 
 
 def _rl(**controlled) -> dict:
@@ -209,7 +234,7 @@ _PROFILES = (
         policy=PolicySettings(max_prompt_tokens=320),
         sft=SFTSettings(examples=3000, epochs=2, batch_size=8, learning_rate=3e-3,
                         downgrade=0.5, prompt_loss=True),
-        sft_all=SFTSettings(examples=3000, epochs=1, batch_size=8, learning_rate=1e-3,
+        sft_all=SFTSettings(examples=2920, epochs=1, batch_size=8, learning_rate=1e-3,
                             prompt_loss=True),
         **_rl(steps=60, learning_rate=3e-4, save_steps=20, critic_warmup_steps=6),
         max_items=8,
@@ -308,6 +333,10 @@ def _read_profile(path: Path) -> Profile:
     if not isinstance(base, str) or base not in PROFILES:
         raise UserError(f"{path}: extends is {base!r}; it has to be one of "
                         f"{', '.join(map(repr, PROFILES))}.")
+    for section in ("rl", "ppo", "grpo"):
+        if isinstance(asked.get(section), dict) and "seed" in asked[section]:
+            raise UserError(f"{path}: {section}.seed is the study's seed and not a profile's: give "
+                            "--seed (make study SEED=).")
     common = asked.pop("rl", {})
     if common:
         for method in ("ppo", "grpo"):
@@ -332,7 +361,11 @@ def _merged(path: Path, method: str, common: object, own: object) -> dict:
 
 
 def _changed(settings, asked: dict, section: str):
-    """Return settings with the asked values, each of the type of the one it replaces."""
+    """Return settings with the asked values, each of the type of the one it replaces.
+
+    TOML knows no None: `false` stands for it where a setting may be absent.
+    """
+    kinds = {entry.name: entry.type for entry in fields(settings)}
     legal = [entry.name for entry in fields(settings) if section or entry.name not in _OF_THE_FILE]
     values = {}
     for name, value in asked.items():
@@ -346,7 +379,8 @@ def _changed(settings, asked: dict, section: str):
                 raise UserError(f"{place} is a section: write [{place}] on a line of its own.")
             values[name] = _changed(present, value, f"{place}.")
         else:
-            values[name] = _of_type(present, value, place)
+            optional = "None" in str(kinds[name])
+            values[name] = None if optional and value is False else _of_type(present, value, place)
     try:
         return replace(settings, **values)
     except UserError as error:

@@ -151,7 +151,7 @@ def study_stages(chosen: Profile, *, seed: int, data: Path | str, runs: Path | s
     code = notebook_code_fingerprint()
     before = {
         DATA_STAGE: ("prepare", (), {"code": code_fingerprint(
-            "data", "task", "rl/policies.py", "study/config.py", "study/stages.py")}),
+            "data", "task", "rl/policies.py", "study/stages.py")}),
         START_STAGE: ("train_cold_start", (DATA_STAGE,), {"code": code, "versions": versions})}
     stages = [Stage(
         name=name, call=f"ueba_helpers.study.stages:{function}", needs=needs,
@@ -172,9 +172,12 @@ def study_stages(chosen: Profile, *, seed: int, data: Path | str, runs: Path | s
 
 
 def notebook_code_fingerprint() -> str:
-    """Return the hash of the code a notebook can reach: all but the runner and the report."""
+    """Return the hash of the code a notebook can reach: all but the runner and the report.
+
+    Nor does config.py count: its settings do, by their values, and its forecasts change no result.
+    """
     study = sorted(f"study/{path.name}" for path in (PACKAGE / "study").glob("*.py")
-                   if path.name not in ("pipeline.py", "report.py"))
+                   if path.name not in ("pipeline.py", "report.py", "config.py"))
     return code_fingerprint("data", "task", "rl", "errors.py", *study)
 
 
