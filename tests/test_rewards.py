@@ -412,6 +412,12 @@ def test_the_evidence_term_adds_citations_and_features(balanced):
     assert ueba_evidence([verdict("malicious", truth, features)], **columns) == [pytest.approx(1)]
 
 
+def test_the_hit_rate_reads_the_arrays_of_a_parquet_file_too():
+    for make in (list, tuple, np.array):
+        assert rewards.evidence_hit_rate(make(["e1", "e2"]), make(["e1", "e3"])) == 1 / 2
+        assert math.isnan(rewards.evidence_hit_rate(make(["e1"]), make([])))
+
+
 # --- basis ---
 
 

@@ -178,7 +178,8 @@ def evidence_hit_rate(cited: Sequence[str], truth: Sequence[str]) -> float:
     >>> evidence_hit_rate(["e1", "e9"], ["e1", "e3"])
     0.5
     """
-    return len(set(cited) & set(truth)) / len(set(truth)) if truth else math.nan
+    true = set(truth)
+    return len(set(cited) & true) / len(true) if true else math.nan
 
 
 def evidence_credit(said: str, cited: Sequence[str], truth: Sequence[str],
