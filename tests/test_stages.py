@@ -31,6 +31,26 @@ def test_training_and_judged_windows_share_no_account(study):
     assert trained["cold"] & trained["all"], "the same comparison can find a shared account"
 
 
+def test_prompts_and_demonstrations_have_what_the_profile_asks_for(study, monkeypatch):
+    from ueba_helpers.task.verdicts import parse_verdict
+
+    asking = dataclasses.replace(study.profile, style="think", confidence=True)
+    for chosen, asked in ((asking, True), (study.profile, False)):
+        other = dataclasses.replace(study, profile=chosen)
+        monkeypatch.setitem(vars(other), "home", study.home)
+        shown = other.demonstrations("cold", SFTSettings(downgrade=0.4))
+        for row in shown:
+            told = row["prompt"][0]["content"]
+            assert ("<think>" in told) == ("confidence" in told) == asked
+            assert (row["style"] == "think") == row["confidence"] == asked
+            said = parse_verdict(row["completion"], row["evidence_ids"], think=asked)
+            assert said.valid and (said.confidence is not None) == asked
+    honest = [parse_verdict(row["completion"], row["evidence_ids"], think=True)
+              for row in dataclasses.replace(study, profile=asking).demonstrations(
+                  "cold", SFTSettings())]
+    assert {verdict.confidence for verdict in honest} == {1.0}
+
+
 def test_dev_and_test_samples_share_no_account(study):
     users = study.windows.set_index("window_id")["user"]
     dev, test = (set(users[study.sample(split)["window_id"]]) for split in stages.SPLITS)

@@ -42,6 +42,7 @@ from scipy.sparse.csgraph import connected_components
 from ueba_helpers.data.seeding import generator
 from ueba_helpers.errors import UserError
 from ueba_helpers.study.config import ALERT_BUDGETS
+from ueba_helpers.task.rewards import evidence_hit_rate
 from ueba_helpers.task.verdicts import RISKS
 
 MALICIOUS = RISKS[-1]
@@ -415,9 +416,8 @@ def evidence_scores(cited: Sequence[str], truth: Sequence[str],
     true = set(truth)
     said = set(cited) - (set(dont_care) - true)
     hits = len(said & true)
-    if not true:
-        return float("nan"), float(not said)
-    return hits / len(true), 2 * hits / (len(said) + len(true))
+    f1 = 2 * hits / (len(said) + len(true)) if true else float(not said)
+    return evidence_hit_rate(cited, truth), f1
 
 
 def _cited_metrics(rows, headline) -> dict[str, tuple[np.ndarray, np.ndarray]]:
