@@ -29,10 +29,10 @@ order, file names, content) depends on the label.
 days and the own past visibly show), where "visibly show" is the cell of `_visible_cells` (job
 pages, mail to competitors, drive use, evenings, staying on, new workstations, leak and hacking
 sites, mass mail, file copies; each in a few steps). The probability is the frequency of the cell in
-other populations drawn from the same `_cast` and `_plan` with other seeds, each level of detail shrunk
-with weight `_BACKOFF` towards the coarser one. Assumptions: the cells are all that can be seen
-(finer detail, such as minutes, is ignored, so the ceiling is slightly low); the prior is that of
-the simulated population, not r4.2's .29 %. `counted` is 1 on the days that are judged: a full
+other populations drawn from the same `_cast` and `_plan` with other seeds, each level of detail
+shrunk with weight `_BACKOFF` towards the coarser one. Assumptions: the cells are all that can be
+seen (finer detail, such as minutes, is ignored, so the ceiling is slightly low); the prior is that
+of the simulated population, not r4.2's .29 %. `counted` is 1 on the days that are judged: a full
 history (`history_days` active days behind the day, as in `windows`), and not among the days that
 `windows` sets aside (an incident's behaviour which the key leaves out between the labels or just
 before them; innocent replies). What label noise hides after the last label stays a plain negative
