@@ -99,6 +99,46 @@ def test_leave_one_out_is_a_multiple_of_group_relative():
     rejects(is_scaled_group_relative, group_relative)
 
 
+def floor_by_hand(relative):
+    """Right is 0.5 and more: .3 beside -1 is wrong, only less so."""
+    rewards = torch.tensor([.3, -1., -1., -1., 1., 1., 1., -1.])
+    close(relative(rewards, 4, "none", .5), [-.2, -1.5, -1.5, -1.5, .5, .5, .5, -1.5])
+
+
+def test_a_floor_under_the_baseline_pays_no_wrong_answer():
+    floor_by_hand(group_relative)
+    rejects(floor_by_hand, lambda r, g, s, floor: group_relative(r, g, s))
+    rejects(floor_by_hand, lambda r, g, s, floor: group_relative(r.clamp(min=floor), g, s))
+    assert group_relative(torch.tensor([.3, -1., -1., -1.]), 4)[0] > 0, "what the floor is for"
+
+
+def test_leave_one_out_leaves_out_what_was_not_scored():
+    nan = float("nan")
+    close(leave_one_out(torch.tensor([1., nan, 0., nan, 3., nan, nan, nan]), 4),
+          [1., 0., -1., 0., 0., 0., 0., 0.])
+    filled = leave_one_out(torch.tensor([1., 0., 0., 0.]), 4)
+    assert filled[0] == 1 and filled[2] != -1, "a zero is not a hole"
+
+
+def way_from_reinforce(baselined):
+    rewards = draws(12, seed=7)
+    close(baselined(rewards, 4, "none"), rewards)
+    close(baselined(rewards, 4), group_relative(rewards, 4))
+    close(baselined(rewards, 4, "leave_one_out"), leave_one_out(rewards, 4))
+    deviation = rewards.view(3, 4).std(1).repeat_interleave(4) + EPSILON
+    close(baselined(rewards, 4, "leave_one_out", "group"), leave_one_out(rewards, 4) / deviation)
+    close(baselined(rewards, 4, "none", "batch"), rewards / (rewards.std() + EPSILON))
+    zeros, mask = torch.zeros(12, 5, dtype=torch.float64), torch.ones(12, 5)
+    at_v_zero, _ = gae(terminal_rewards(rewards, mask), zeros, mask, 1., 1.)
+    close(at_v_zero, baselined(rewards, 4, "none").unsqueeze(1) * mask)
+
+
+def test_one_switch_walks_from_reinforce_to_grpo():
+    way_from_reinforce(library.baselined)
+    rejects(way_from_reinforce, lambda r, g, b="group", s="none": group_relative(r, g, s))
+    rejects(way_from_reinforce, lambda r, g, b="group", s="none": library.baselined(r, g, b))
+
+
 @pytest.mark.parametrize("scale", library.SCALES)
 def test_equal_rewards_give_no_advantage(scale):
     assert torch.equal(group_relative(torch.full((6,), 0.5), 3, scale), torch.zeros(6))
@@ -209,6 +249,35 @@ def test_ppo_with_the_critic_at_the_group_mean_is_grpo_without_std():
     rejects(critic_at_group_mean_is_grpo, lambda s, m: s.unsqueeze(1) * m)
 
 
+def lambda_of_each_row(estimate):
+    rewards, values, mask = ragged()
+    lams = torch.linspace(0, 1, 6, dtype=torch.float64)
+    together = estimate(rewards, values, mask, .9, lams)
+    for i in range(6):
+        row = slice(i, i + 1)
+        alone = gae(rewards[row], values[row], mask[row], .9, float(lams[i]))
+        for a, b in zip(together, alone, strict=True):
+            close(a[row], b, 1e-12)
+
+
+def test_each_completion_may_have_its_own_lambda():
+    lambda_of_each_row(gae)
+    rejects(lambda_of_each_row, lambda r, v, m, g, lam: gae(r, v, m, g, lam.flip(0)))
+    rejects(lambda_of_each_row, lambda r, v, m, g, lam: gae(r, v, m, g, float(lam.mean())))
+
+
+def lambda_by_length(adaptive):
+    mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]])
+    close(adaptive(mask, 1.0), [.75, .5, 0.])
+    close(adaptive(mask, 0.5), [.5, 0., 0.])
+
+
+def test_longer_completions_have_a_larger_lambda():
+    lambda_by_length(library.length_adaptive_lambda)
+    rejects(lambda_by_length, lambda m, a: 1 - 1 / (a * m.sum(1).clamp(min=1)))
+    rejects(lambda_by_length, lambda m, a: library.length_adaptive_lambda(torch.ones_like(m), a))
+
+
 def padding_changes_nothing(estimate):
     rewards, values, mask = ragged()
     narrow = estimate(rewards, values, mask, .9, .8)
@@ -248,6 +317,12 @@ def test_terminal_rewards_stand_on_the_last_token_inside_the_mask():
 
 # -- whitening and explained variance -------------------------------------------------------------
 
+def _without_shift(x, mask):
+    """Divide by the deviation and keep the mean: what a flag the wrong way round does."""
+    inside = x[mask.bool()]
+    return x * torch.rsqrt(inside.var() + 1e-8) * mask
+
+
 def whitening_by_hand(normalise):
     x, mask = torch.tensor([[1., 3., 99.], [5., 99., 99.]]), torch.tensor([[1, 1, 0], [1, 0, 0]])
     close(normalise(x, mask), [[-1., 0., 0.], [1., 0., 0.]])  # mean 3, unbiased deviation 2
@@ -271,17 +346,12 @@ def test_whitening(check):
     check(whiten)
     rejects(check, biased)
     rejects(check, lambda x, m: whiten(x, torch.ones_like(m)))
-    rejects(check, lambda x, m: whiten(x, m, shift_mean=False))
+    rejects(check, _without_shift)
     rejects(check, lambda x, m: (x - (x * m).mean()) * m)
 
 
 def test_whitening_keeps_the_sign():
     rejects(whitening_by_hand, lambda x, m: -whiten(x, m))
-
-
-def test_whitening_without_shift_keeps_the_mean():
-    x, mask = torch.tensor([[1., 3., 99.], [5., 99., 99.]]), torch.tensor([[1, 1, 0], [1, 0, 0]])
-    close(whiten(x, mask, shift_mean=False), [[2., 3., 0.], [4., 0., 0.]])
 
 
 def variance_by_hand(measure):
@@ -471,7 +541,7 @@ def test_the_expected_gradient_is_the_exact_one(values_of, lam):
     with_critic(some_values, 0.), with_critic(values_of_the_action, 1.),
     lambda fixed: -with_critic(exact_values, 1.)(fixed),
     lambda fixed: with_critic(exact_values, 1.)(fixed).flip(1),
-    lambda fixed: whiten(with_critic(exact_values, 1.)(fixed), MASK, shift_mean=False),
+    lambda fixed: _without_shift(with_critic(exact_values, 1.)(fixed), MASK),
 ], ids=["wrong critic with lambda 0", "index shifted", "sign flipped", "tokens swapped",
         "rescaled"])
 def test_biased_gradients_are_told_from_exact_ones(broken):

@@ -10,7 +10,14 @@ import pytest
 
 from ueba_helpers.data import splits
 from ueba_helpers.errors import UserError
-from ueba_helpers.rl.settings import GRPOSettings, PPOSettings, RLSettings, SFTSettings
+from ueba_helpers.rl.settings import (
+    ARMS,
+    GRPOSettings,
+    PPOSettings,
+    RLSettings,
+    SFTSettings,
+    arm,
+)
 from ueba_helpers.study import config
 from ueba_helpers.study.comparison import made_by
 from ueba_helpers.study.config import PROFILES, EvaluationSettings, SimulateSettings, profile
@@ -32,10 +39,53 @@ def test_the_check_of_controlled_variables_rejects_an_unequal_pair():
 
 def test_ppo_and_grpo_differ_only_by_what_their_classes_add():
     own = {field.name for field in dataclasses.fields(PPOSettings)} - set(RLSettings.controlled())
-    assert own == {"critic", "critic_learning_rate_ratio", "critic_warmup_steps", "gamma", "lam",
-                   "value_clip"}
-    assert {field.name for field in dataclasses.fields(GRPOSettings)} == set(
-        RLSettings.controlled())
+    assert own == {"critic", "critic_learning_rate_ratio", "critic_warmup_steps",
+                   "critic_warmup_until", "critic_max_grad_norm", "critic_loss", "value_range",
+                   "gamma", "lam", "critic_lam", "length_adaptive_alpha", "value_clip"}
+    assert {field.name for field in dataclasses.fields(GRPOSettings)} == {
+        *RLSettings.controlled(), "baseline", "baseline_floor"}
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_an_arm_changes_what_it_names_and_can_be_trained(name, tmp_path):
+    from ueba_helpers.rl.recipes import _shared_config
+    from ueba_helpers.rl.trainers import GRPOConfig
+
+    base = profile("laptop").grpo
+    changed = arm(name, base)
+    assert {field for field in vars(base) if getattr(base, field) != getattr(changed, field)} == {
+        field for field, value in ARMS[name].items() if getattr(base, field) != value} != set()
+    config = GRPOConfig(**_shared_config(tmp_path, changed, profile("laptop").policy))
+    assert (config.loss_type, config.scale_rewards) == (changed.loss_type, changed.scale_rewards)
+    assert config.beta == (0.04 if name == "grpo_published" else 0)
+    assert config.importance_sampling_level == ("sequence" if name == "gspo" else "token")
+
+
+def test_an_unknown_arm_is_refused_with_the_legal_names():
+    with pytest.raises(UserError, match=r"'ppo'.*grpo_published, dr_grpo, rloo, gspo, reinforce"):
+        arm("ppo", profile("laptop").grpo)
+
+
+def test_false_in_a_file_takes_away_what_may_be_absent(tmp_path):
+    name = _written(tmp_path, 'extends = "laptop"\n[ppo]\ncritic_loss = "bce"\n'
+                              'value_clip = false\nvalue_range = [-1.5, 1.0]\n')
+    chosen = profile(name).ppo
+    assert (chosen.value_clip, chosen.value_range) == (None, (-1.5, 1.0))
+    for line, word in (("critic_loss = \"bce\"", "value_clip"), ("lam = false", "ppo.lam"),
+                       ("value_range = [1.0, 0.0]", "value_range"),
+                       ("critic_loss = \"mae\"", "critic_loss"),
+                       ("critic_warmup_until = 1.0", "critic_warmup_until")):
+        with pytest.raises(UserError, match=word):
+            profile(_written(tmp_path, f'extends = "laptop"\n[ppo]\n{line}\n'))
+
+
+@pytest.mark.parametrize("changes, word", [
+    ({"importance_sampling_level": "sequence"}, "loss_type"), ({"target_kl": 0.0}, "target_kl"),
+    ({"loss_type": "sum"}, "loss_type"), ({"baseline": "median"}, "baseline"),
+    ({"baseline": "none", "baseline_floor": 0.0}, "baseline_floor")])
+def test_impossible_settings_of_an_arm_name_their_field(changes, word):
+    with pytest.raises(UserError, match=word):
+        GRPOSettings(**changes)
 
 
 def test_an_unknown_profile_is_refused_with_the_legal_names():

@@ -186,6 +186,21 @@ def test_the_logits_of_granite_are_not_the_heads():
     assert "logits_scaling" in shareable(model)
 
 
+def test_a_sliding_window_is_not_shared_however_the_config_says_it():
+    from transformers import MistralConfig, MistralForCausalLM
+
+    def mistral(window):
+        return MistralForCausalLM(MistralConfig(
+            vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+            num_attention_heads=2, num_key_value_heads=1, sliding_window=window, pad_token_id=0))
+
+    assert "sliding window" in shareable(mistral(4), gradients=False)
+    assert shareable(mistral(None)) is None
+    model, _ = policy()
+    model.config.layer_types = ["full_attention", "sliding_attention"]
+    assert "sliding window" in shareable(model)
+
+
 def test_a_learned_prompt_is_not_shared():
     from peft import PromptTuningConfig
 

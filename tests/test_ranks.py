@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 from tests.test_trainers import length_reward, make
 from tests.tiny import probe_policy
-from ueba_helpers.rl.advantages import whiten
 from ueba_helpers.rl.policies import lora_config
 from ueba_helpers.rl.settings import PolicySettings
 
@@ -57,7 +56,7 @@ def prepared(folder, arm, accumulate=1, adapters=False, twin=None, **changes):
     # The plain path would let Transformers sample with the global random state, per rank.
     trainer.use_sampler = True
     if twin == "whitened per rank":
-        trainer._whiten = whiten
+        trainer._sum_over_ranks = lambda x: x.detach()
     if twin == "no synchronisation":
         trainer.critic = trainer.accelerator.unwrap_model(trainer.critic)
     return trainer

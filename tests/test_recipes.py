@@ -213,6 +213,17 @@ def test_the_critic_that_a_run_ended_with_is_kept(lora_rank, tmp_path):
         assert torch.equal(found[name], fresh.state_dict()[name])
 
 
+def test_a_shared_critic_is_read_with_the_policy_it_was_trained_with(tmp_path):
+    train("ppo", tmp_path, critic="shared", critic_warmup_steps=1)
+    kept = recipes.load_trained_critic(tmp_path, checkpoint(), POLICY)
+    head = load_file(tmp_path / "critic.safetensors")
+    assert torch.equal(kept.head.weight, head["weight"]) and head["weight"].abs().max() > 0
+    trained = load_policy(tmp_path / "policy", POLICY).model.embed_tokens.weight
+    start = load_policy(checkpoint(), POLICY).model.embed_tokens.weight
+    assert torch.equal(kept.backbone.embed_tokens.weight, trained)
+    assert not torch.equal(trained, start)
+
+
 def test_a_policy_can_be_trained_on_a_broken_reward(tmp_path):
     train("grpo", tmp_path, rewards="broken_partial_credit")
     row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
@@ -267,6 +278,17 @@ train(sys.argv[1], sys.argv[2], steps=90, save_steps=3)
 """
 
 
+def equal_states(one, other):
+    """Return whether two nested states hold the same tensors and numbers."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal_states(one[k], other[k]) for k in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(equal_states, one, other))
+    return one == other
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", BOTH)
 def test_killed_at_random_moments_and_resumed_the_run_ends_the_same(method, tmp_path):
@@ -293,6 +315,12 @@ def test_killed_at_random_moments_and_resumed_the_run_ends_the_same(method, tmp_
             break
     assert kills == 10
     assert torch.equal(weights(whole.policy), weights(tmp_path / "killed" / "policy"))
+    last = [tmp_path / name / "checkpoints" / "checkpoint-90" for name in ("whole", "killed")]
+    assert equal_states(*(torch.load(folder / "optimizer.pt", weights_only=True)
+                          for folder in last))
+    if method == "ppo":
+        one, other = (load_file(folder / "critic.safetensors") for folder in last)
+        assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
     rows_of = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()]
                for name in ("whole", "killed")]
     assert rows_of[0] == rows_of[1]

@@ -15,6 +15,7 @@ from transformers import PrinterCallback, TrainerCallback
 from tests.tiny import policy, probe_policy
 from ueba_helpers.data.seeding import generator
 from ueba_helpers.errors import UserError
+from ueba_helpers.rl.advantages import gae, terminal_rewards
 from ueba_helpers.rl.checkpoints import is_whole
 from ueba_helpers.rl.policies import lora_config
 from ueba_helpers.rl.settings import PolicySettings
@@ -241,28 +242,35 @@ def test_the_ratio_is_one_right_after_sampling(arm, tmp_path):
     assert ((other - rollout["sampling_per_token_logps"]) * mask).abs().max() > 1e-2
 
 
-def moved(trainer):
-    """Train; return for each step whether the policy moved and whether the critic did."""
-    last, rows = [flat(trainer.model), flat(trainer.critic)], []
+def moves(trainer):
+    """Return, per optimiser step, whether the policy and the critic moved."""
+    rows = []
+    modules = {"policy": trainer.model, **({"critic": trainer.critic}
+                                           if isinstance(trainer, PPOTrainer) else {})}
+    last = {name: flat(module) for name, module in modules.items()}
 
     class Watch(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            now = [flat(trainer.model), flat(trainer.critic)]
-            rows.append([not torch.equal(a, b) for a, b in zip(last, now, strict=True)])
-            last[:] = now
+        def on_optimizer_step(self, args, state, control, **kwargs):
+            now = {name: flat(module) for name, module in modules.items()}
+            rows.append({name: not torch.equal(last[name], now[name]) for name in modules})
+            last.update(now)
 
-    torch.nn.init.normal_(trainer.critic.weight, generator=torch.Generator().manual_seed(1))
-    last[1] = flat(trainer.critic)
     trainer.add_callback(Watch())
     trainer.train()
-    return rows
+    return {name: [row[name] for row in rows] for name in modules}
+
+
+def stirred(trainer):
+    """Return the trainer with a shared critic whose first values are not zero."""
+    torch.nn.init.normal_(trainer.critic.weight, generator=torch.Generator().manual_seed(1))
+    return trainer
 
 
 @pytest.mark.parametrize("warm_up, policy_moves", [(2, [False, False]), (1, [False, True])])
 def test_a_shared_critic_leaves_the_policy_alone_in_its_warm_up(warm_up, policy_moves, tmp_path):
-    rows = moved(make("ppo", tmp_path, critic="shared", steps=2, critic_warmup_steps=warm_up,
-                      weight_decay=0.1))
-    assert rows == [[policy, True] for policy in policy_moves]
+    trainer = make("ppo", tmp_path, critic="shared", steps=2, critic_warmup_steps=warm_up,
+                   weight_decay=0.1)
+    assert moves(stirred(trainer)) == {"policy": policy_moves, "critic": [True] * 2}
 
 
 @pytest.mark.parametrize("loss", ["both", "policy", "value"])
@@ -273,7 +281,7 @@ def test_without_warm_up_either_loss_of_a_shared_critic_moves_the_policy(loss, t
     if loss == "value":
         advantages = trainer._advantages
         trainer._advantages = lambda *args: 0 * advantages(*args)
-    assert moved(trainer) == [[True, loss != "policy"]] * 2
+    assert moves(stirred(trainer)) == {"policy": [True] * 2, "critic": [loss != "policy"] * 2}
 
 
 SIXTHS = [6 / 6, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
@@ -413,7 +421,8 @@ def test_a_reward_of_none_carries_no_signal(tmp_path):
 
 @pytest.mark.parametrize("changes, word", [
     ({"beta": 0.1, "kl_coef": 0.2}, "kl_coef"), ({"kl_placement": "both"}, "kl_placement"),
-    ({"scale_rewards": "whiten"}, "scale_rewards")])
+    ({"scale_rewards": "whiten"}, "scale_rewards"),
+    ({"scale_rewards": "group", "kl_coef": 0.1}, "scale_rewards='group'")])
 def test_impossible_settings_name_their_field(changes, word, tmp_path):
     with pytest.raises(UserError, match=word):
         GRPOConfig(output_dir=str(tmp_path), **changes)
@@ -422,6 +431,59 @@ def test_impossible_settings_name_their_field(changes, word, tmp_path):
 def test_a_dataset_smaller_than_one_rollout_is_refused(tmp_path):
     with pytest.raises(UserError, match="one rollout takes 4"):
         make("grpo", tmp_path, count=2).train()
+
+
+def test_a_dataset_without_prompts_is_refused(tmp_path):
+    base, tokenizer = policy()
+    with pytest.raises(UserError, match="no column `prompt`; it has question, answer"):
+        GRPOTrainer(base, length_reward, GRPOConfig(output_dir=str(tmp_path)),
+                    prompts().rename_column("prompt", "question"), processing_class=tokenizer)
+
+
+@pytest.mark.parametrize("network", ["policy", "critic"])
+def test_a_gradient_of_nan_never_reaches_the_weights(network, tmp_path):
+    trainer = make("ppo", tmp_path)
+    module = {"policy": trainer.model, "critic": trainer.critic}[network]
+    before = flat(trainer.model)
+    next(module.parameters()).register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(UserError, match=f"gradient of the {network} is not finite at step 0"):
+        trainer.train()
+    assert torch.equal(before, flat(trainer.model))
+
+
+@pytest.mark.parametrize("value", [0.5, math.nan, math.inf])
+def test_a_reward_model_that_goes_wrong_is_named(value, tmp_path):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = type("Config", (), {"_name_or_path": "runs/scorer", "pad_token_id": 0})()
+            self.head = torch.nn.Linear(1, 1)
+
+        def forward(self, input_ids, **inputs):
+            logits = torch.full((input_ids.size(0), 1), value)
+            return type("Output", (), {"logits": logits})()
+
+    base, tokenizer = policy()
+    trainer = GRPOTrainer(
+        base, [Model(), length_reward], GRPOConfig(
+            output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=4,
+            num_generations=4, max_completion_length=3, save_strategy="no", disable_tqdm=True),
+        prompts(), processing_class=tokenizer, reward_processing_classes=[tokenizer, None])
+    if math.isfinite(value):
+        trainer.train()
+        assert history(trainer, "rewards/scorer/mean") == [value]
+    else:
+        with pytest.raises(UserError, match="reward model scorer returned a value that is not"):
+            trainer.train()
+
+
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.5])
+def test_the_policy_loss_is_logged_without_the_entropy_bonus(entropy_coef, tmp_path):
+    trainer = make("grpo", tmp_path, steps=1, entropy_coef=entropy_coef)
+    trainer.train()
+    assert len(history(trainer, "policy_loss")) == 1
+    assert abs(history(trainer, "policy_loss")[0]) < 1e-6, "advantages of a group sum to zero"
+    assert (abs(history(trainer, "loss")[0]) > 0.1) == bool(entropy_coef)
 
 
 def test_a_prompt_longer_than_the_context_is_refused(tmp_path):
@@ -592,6 +654,120 @@ def test_an_optimiser_of_the_user_trains_the_critic_too(tmp_path):
     assert not torch.equal(before, flat(trainer.critic))
     with pytest.raises(UserError, match="optimizers"):
         built(lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1)).train()
+
+
+# -- holding still, warming up, another value loss -------------------------------------------------
+
+@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("target_kl, policy_moves", [
+    (1e-9, [True, False, False] * 2), (1e9, [True] * 6), (None, [True] * 6)])
+def test_a_policy_beyond_the_target_kl_stands_still_until_the_next_rollout(
+        target_kl, policy_moves, arm, tmp_path):
+    trainer = make(arm, tmp_path, steps=6, num_iterations=3, target_kl=target_kl,
+                   weight_decay=0.1)
+    found = moves(trainer)
+    assert found["policy"] == policy_moves
+    if arm == "ppo":
+        assert found["critic"] == [True] * 6
+    if target_kl is not None:
+        assert history(trainer, "stands_still") == [float(not moved) for moved in policy_moves]
+
+
+@pytest.mark.parametrize("until, policy_moves", [
+    (None, [False] * 3 + [True]), (0.99, [False] * 3 + [True]), (-1e9, [True] * 4)])
+def test_explained_variance_may_end_the_warm_up(until, policy_moves, tmp_path):
+    trainer = make("ppo", tmp_path, critic_warmup_steps=3, critic_warmup_until=until)
+    assert moves(trainer) == {"policy": policy_moves, "critic": [True] * 4}
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_a_checkpoint_remembers_whether_the_warm_up_is_over(warm, tmp_path):
+    trainer, other = (make("ppo", tmp_path / name, critic_warmup_steps=3) for name in "ab")
+    trainer._warm, other._warm = warm, not warm
+    trainer.save_beside_policy(tmp_path)
+    other.load_beside_policy(tmp_path)
+    assert other._warm is warm and other._warming_up is not warm
+
+
+def cross_entropy_by_hand(errors):
+    """Of a logit of 0 (one half) and returns at 1, 3 and -1 times 0.5 in a range of -1 to 1."""
+    found = errors(torch.zeros(1, 3), {"returns": torch.tensor([[0.5, 1.5, -0.5]])})
+    half = math.log(2)  # whatever the target: -q log .5 - (1 - q) log .5
+    assert found[0].tolist() == [pytest.approx([half] * 3)]
+    outputs = torch.tensor([[2.0, 2.0, 2.0]], requires_grad=True)
+    found = errors(outputs, {"returns": torch.tensor([[0.5, 1.5, -0.5]])})
+    found[0].sum().backward()
+    said = 1 / (1 + math.exp(-2))
+    assert outputs.grad[0].tolist() == pytest.approx([said - 0.75, said - 1, said - 0.25])
+
+
+def test_the_critic_may_learn_by_cross_entropy(tmp_path):
+    trainer = make("ppo", tmp_path, critic_loss="bce", reward=constant_reward, steps=60,
+                   num_generations=2, critic_warmup_steps=60, critic_learning_rate=1e-2)
+    cross_entropy_by_hand(trainer._value_errors)
+    with pytest.raises(AssertionError):
+        cross_entropy_by_hand(lambda out, batch: trainer._value_errors(
+            out, {"returns": -batch["returns"]}))
+    trainer.args.value_range = (-2.0, 2.0)
+    with pytest.raises(AssertionError):
+        cross_entropy_by_hand(trainer._value_errors)
+    trainer.args.value_range = (-1.0, 1.0)
+    trainer.train()
+    assert abs(history(trainer, "critic/value_mean")[-1] - 0.7) < 0.1
+    assert abs(history(trainer, "critic/value_mean")[0] - 0.7) > 0.2, "it had to be learned"
+
+
+@pytest.mark.parametrize("changes, word", [
+    ({"critic_loss": "mae"}, "critic_loss"), ({"critic_loss": "bce", "value_clip": 0.5},
+                                              "value_clip"),
+    ({"value_range": (1.0, 0.0)}, "value_range"), ({"target_kl": 0.0}, "target_kl"),
+    ({"length_adaptive_alpha": 0.0}, "length_adaptive_alpha")])
+def test_impossible_settings_of_the_critic_name_their_field(changes, word, tmp_path):
+    with pytest.raises(UserError, match=word):
+        PPOConfig(output_dir=str(tmp_path), **changes)
+
+
+def test_policy_and_critic_have_their_own_limit_of_gradients(tmp_path):
+    taken = gradients(make("ppo", tmp_path, steps=1, max_grad_norm=0.01,
+                           critic_max_grad_norm=0.002))
+    assert taken["policy"].norm() == pytest.approx(0.01, rel=1e-3)
+    assert taken["critic"].norm() == pytest.approx(0.002, rel=1e-3)
+
+
+def test_a_lambda_by_length_reaches_the_advantages(tmp_path):
+    def found(**changes):
+        trainer = make("ppo", tmp_path, scale_rewards="none", max_completion_length=6, **changes)
+        with torch.no_grad():
+            trainer.critic.head.weight.normal_(generator=torch.Generator().manual_seed(0))
+        return rollout_of(trainer)
+
+    plain, adaptive = found(), found(length_adaptive_alpha=0.5)
+    lengths = adaptive["completion_mask"].sum(1)
+    for row in range(len(lengths)):
+        lam = max(0.0, 1 - 1 / (0.5 * float(lengths[row])))
+        part = slice(row, row + 1)
+        expected, _ = gae(
+            terminal_rewards(plain["returns"][part, 0], plain["completion_mask"][part]),
+            plain["values"][part], plain["completion_mask"][part], 1.0, lam)
+        assert torch.allclose(adaptive["advantages"][part], expected, atol=1e-5)
+    assert not torch.allclose(adaptive["advantages"], plain["advantages"], atol=1e-3)
+    assert torch.equal(adaptive["returns"], plain["returns"]), "the critic's targets stay"
+
+
+@pytest.mark.parametrize("changes, expected", [
+    ({"baseline": "none"}, [0.7] * 16), ({"baseline": "leave_one_out"}, [0.0] * 16),
+    ({"baseline_floor": 0.9}, [-0.2] * 16), ({}, [0.0] * 16)])
+def test_the_baseline_is_a_setting_of_grpo(changes, expected, tmp_path):
+    trainer = make("grpo", tmp_path, reward=constant_reward, scale_rewards="none", **changes)
+    assert rollout_of(trainer)["advantages"].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("changes, word", [
+    ({"baseline": "median"}, "baseline"), ({"baseline": "none", "baseline_floor": 0.0},
+                                           "baseline_floor")])
+def test_impossible_baselines_name_their_field(changes, word, tmp_path):
+    with pytest.raises(UserError, match=word):
+        GRPOConfig(output_dir=str(tmp_path), **changes)
 
 
 # -- rewards ---------------------------------------------------------------------------------------

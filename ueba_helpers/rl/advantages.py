@@ -7,11 +7,14 @@ completion that could not be scored. Pure tensor functions without state; they r
 does not divide into groups and a scale they do not know.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 EPSILON = 1e-4  # added to a standard deviation, as in TRL's GRPOTrainer
 SCALES = ("none", "group", "batch")
+BASELINES = ("none", "group", "leave_one_out")
 
 
 def _groups(rewards: Tensor, group_size: int) -> Tensor:
@@ -53,7 +56,8 @@ def reward_scale(rewards: Tensor, group_size: int, scale: str = "none") -> Tenso
     raise ValueError(f"scale={scale!r} is unknown: legal values are {', '.join(SCALES)}")
 
 
-def group_relative(rewards: Tensor, group_size: int, scale: str = "none") -> Tensor:
+def group_relative(rewards: Tensor, group_size: int, scale: str = "none",
+                   floor: float | None = None) -> Tensor:
     """Return rewards minus their group's mean, divided by a deviation (GRPO).
 
     `scale="group"` is the published form, A = (r - mean) / std (Shao et al. 2024,
@@ -61,11 +65,20 @@ def group_relative(rewards: Tensor, group_size: int, scale: str = "none") -> Ten
     arXiv:2503.20783); `"batch"` divides by the deviation of the whole batch. A reward of NaN is
     left out of mean and deviation, its advantage is zero.
 
+    `floor` is the least reward of a right answer: the baseline never lies below it, so that under
+    graded rewards a wrong answer gains nothing from its group being worse (CoRPO,
+    arXiv:2511.04439). The advantages of a group then no longer sum to zero.
+
     >>> group_relative(torch.tensor([1., 1., 0., 0.]), 4)
     tensor([ 0.5000,  0.5000, -0.5000, -0.5000])
+    >>> group_relative(torch.tensor([-.2, -1., -1., -1.]), 4)
+    tensor([ 0.6000, -0.2000, -0.2000, -0.2000])
+    >>> group_relative(torch.tensor([-.2, -1., -1., -1.]), 4, floor=0.)
+    tensor([-0.2000, -1.0000, -1.0000, -1.0000])
     """
     groups = _groups(rewards, group_size)
-    centred = (groups - _mean(groups)).reshape(-1)
+    baseline = _mean(groups)
+    centred = (groups - (baseline if floor is None else baseline.clamp(min=floor))).reshape(-1)
     return (centred / reward_scale(rewards, group_size, scale)).masked_fill(rewards.isnan(), 0.0)
 
 
@@ -73,7 +86,8 @@ def leave_one_out(rewards: Tensor, group_size: int) -> Tensor:
     """Return rewards minus the mean of the *other* rewards of the group (RLOO).
 
     A_i = r_i - mean of r_j over j != i (Ahmadian et al. 2024, arXiv:2402.14740, equation 6):
-    G / (G - 1) times the group-relative advantage without scaling.
+    G / (G - 1) times the group-relative advantage without scaling. A reward of NaN is left out; it
+    and a reward without another one beside it have advantage zero.
 
     >>> leave_one_out(torch.tensor([1., 0., 0., 0.]), 4)
     tensor([ 1.0000, -0.3333, -0.3333, -0.3333])
@@ -81,16 +95,54 @@ def leave_one_out(rewards: Tensor, group_size: int) -> Tensor:
     if group_size < 2:
         raise ValueError(f"leave-one-out needs groups of at least 2, got {group_size}")
     groups = _groups(rewards, group_size)
-    others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
-    return (groups - others).reshape(-1)
+    counted = (~groups.isnan()).sum(1, keepdim=True)
+    others = (groups.nansum(1, keepdim=True) - groups) / (counted - 1)
+    alone = groups.isnan() | (counted < 2)
+    return (groups - others).masked_fill(alone, 0.0).reshape(-1)
 
 
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
+def baselined(rewards: Tensor, group_size: int, baseline: str = "group", scale: str = "none",
+              floor: float | None = None) -> Tensor:
+    """Return rewards minus one of `BASELINES`, divided by one of `SCALES`.
+
+    Together with `gae` this is the way from REINFORCE (no baseline) by the group's mean (GRPO) and
+    the mean of the others (RLOO) to a critic (PPO). `floor` is that of `group_relative`.
+
+    >>> baselined(torch.tensor([1., 0.]), 2, "none")
+    tensor([1., 0.])
+    """
+    if baseline == "group":
+        return group_relative(rewards, group_size, scale, floor)
+    if baseline == "leave_one_out":
+        advantages = leave_one_out(rewards, group_size)
+    elif baseline == "none":
+        advantages = rewards.nan_to_num(nan=0.0)
+    else:
+        raise ValueError(f"baseline={baseline!r} is unknown: legal values are "
+                         f"{', '.join(BASELINES)}")
+    return advantages / reward_scale(rewards, group_size, scale)
+
+
+def length_adaptive_lambda(mask: Tensor, alpha: float) -> Tensor:
+    """Return lambda `(B,)` that grows with the length of a completion, 1 - 1 / (alpha L).
+
+    L counts the masked-in tokens (VAPO, arXiv:2504.05118, section 4.2): the share of the terminal
+    reward that reaches a completion's first tokens then depends less on how long it is. Very short
+    ones have lambda zero at the least.
+
+    >>> length_adaptive_lambda(torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]]), 0.5)
+    tensor([0.5000, 0.0000])
+    """
+    return (1 - 1 / (alpha * mask.sum(1).clamp(min=1))).clamp(min=0.0)
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float | Tensor
         ) -> tuple[Tensor, Tensor]:
     """Return generalised advantage estimates and the critic's targets, both `(B, T)`.
 
     delta_t = r_t + gamma V_(t+1) - V_t and A_t = delta_t + gamma lam A_(t+1) (Schulman et al.
-    2016, arXiv:1506.02438, equation 16); `values[:, t]` is the value of the state *before*
+    2016, arXiv:1506.02438, equation 16), `lam` one number or one per completion `(B,)`;
+    `values[:, t]` is the value of the state *before*
     token t, the value after the last masked-in token is zero. Returns are A + V, before any
     whitening. Outside the mask both are zero.
 
@@ -130,23 +182,22 @@ def terminal_rewards(scores: Tensor, mask: Tensor) -> Tensor:
     return rewards.scatter(1, last.unsqueeze(1), scores.unsqueeze(1)) * mask
 
 
-def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
+def whiten(x: Tensor, mask: Tensor, total: Callable[[Tensor], Tensor] = torch.sum) -> Tensor:
     """Return x with mean zero and variance one over the mask, zero outside it.
 
     The variance is the unbiased one and 1e-8 is added to it, as in TRL 1.12's `masked_whiten`.
-    Without `shift_mean` the mean is kept.
+    `total` sums a scalar, over all ranks where a batch is spread over several.
 
     >>> whiten(torch.tensor([[1., 3., 99.]]), torch.tensor([[1, 1, 0]]))
     tensor([[-0.7071,  0.7071,  0.0000]])
     """
     mask = mask.to(x.dtype)
-    count = mask.sum()
+    count = total(mask.sum())
     if count < 2:
         raise ValueError("whitening needs at least two values inside the mask")
-    mean = (x * mask).sum() / count
-    variance = ((x - mean) ** 2 * mask).sum() / (count - 1)
-    whitened = (x - mean) * torch.rsqrt(variance + 1e-8)
-    return (whitened if shift_mean else whitened + mean) * mask
+    mean = total((x * mask).sum()) / count
+    variance = total(((x - mean) ** 2 * mask).sum()) / (count - 1)
+    return ((x - mean) * torch.rsqrt(variance + 1e-8) * mask).to(x.dtype)
 
 
 def kl_estimate(log_policy: Tensor, log_reference: Tensor, estimator: str = "k1") -> Tensor:

@@ -9,6 +9,7 @@ import json
 import warnings
 from pathlib import Path
 
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -52,18 +53,21 @@ def latest_checkpoint(output_dir: Path | str) -> Path | None:
     return None
 
 
-def save_critic(critic: nn.Module, folder: Path | str) -> None:
-    """Write the critic's weights into a folder, as safetensors; frozen ones are the policy's."""
+def save_critic(critic: nn.Module, folder: Path | str, *, warm: bool = False) -> None:
+    """Write the critic's weights into a folder, as safetensors; frozen ones are the policy's.
+
+    `warm` says whether its explained variance has ended the warm-up.
+    """
     Path(folder).mkdir(parents=True, exist_ok=True)
     frozen = _frozen(critic)
     state = {name: tensor.detach().contiguous().cpu()
              for name, tensor in critic.state_dict().items() if name not in frozen}
     with atomic_path(Path(folder) / CRITIC_FILE) as temporary:
-        save_file(state, temporary)
+        save_file(state, temporary, metadata={"warm": json.dumps(warm)})
 
 
-def load_critic(critic: nn.Module, folder: Path | str) -> None:
-    """Read the critic's weights from a folder."""
+def load_critic(critic: nn.Module, folder: Path | str) -> bool:
+    """Read the critic's weights from a folder; return what was saved as `warm`."""
     path = Path(folder) / CRITIC_FILE
     if not path.exists():
         raise UserError(f"{path} is missing: there is no critic in this folder.")
@@ -71,6 +75,17 @@ def load_critic(critic: nn.Module, folder: Path | str) -> None:
     if unexpected or set(missing) - _frozen(critic):
         raise UserError(f"{path} holds the weights of another critic: "
                         f"{sorted({*unexpected, *missing} - _frozen(critic))[0]} does not fit.")
+    with safe_open(path, framework="pt") as file:
+        return json.loads((file.metadata() or {}).get("warm", "false"))
+
+
+def is_shared_critic(folder: Path | str) -> bool:
+    """Return whether the critic in a folder is a head alone, on the policy's hidden states."""
+    path = Path(folder) / CRITIC_FILE
+    if not path.exists():
+        return False
+    with safe_open(path, framework="pt") as file:
+        return not any(name.startswith("backbone.") for name in file.keys())  # noqa: SIM118
 
 
 def _frozen(critic: nn.Module) -> set[str]:

@@ -68,8 +68,8 @@ METRICS: dict[str, tuple[str, str]] = {
                                   "nats per token"),
     "approx_kl": ("Mean k3 estimate of the KL between the sampling policy and the updated one.",
                   "nats per token"),
-    "ratio/max": ("Largest probability ratio of updated to sampling policy of any token, "
-                  "averaged over micro-batches.", "1"),
+    "stands_still": ("One where the policy was held at the target KL.", "share of steps"),
+    "ratio/max": ("Largest probability ratio of updated to sampling policy of any token.", "1"),
     "clip_ratio/low_mean": ("Share of tokens clipped at the lower bound.", "share"),
     "clip_ratio/high_mean": ("Share of tokens clipped at the upper bound.", "share"),
     "clip_ratio/region_mean": ("Share of tokens clipped at either bound.", "share"),
@@ -91,7 +91,8 @@ METRICS: dict[str, tuple[str, str]] = {
                                   "1"),
     "critic/value_mean": ("Mean value over completion tokens.", "reward units"),
     "critic/return_mean": ("Mean return over completion tokens.", "reward units"),
-    "critic/value_loss": ("Half the mean squared error of the values, clipped where asked.",
+    "critic/value_loss": ("Half the mean squared error of the values, clipped where asked; their "
+                          "cross-entropy in nats with critic_loss 'bce'.",
                           "squared reward units"),
     "critic/clip_ratio": ("Share of tokens whose value error is the clipped one.", "share"),
     "critic/grad_norm": ("Norm of the critic's gradient before clipping.", "reward units"),
@@ -155,11 +156,11 @@ def describe(name: str) -> tuple[str, str]:
 
 
 def metric_keys(method: str, reward_functions: Iterable[str], *, kl_in_loss: bool = False,
-                text: bool = False) -> tuple[str, ...]:
+                target_kl: bool = False, text: bool = False) -> tuple[str, ...]:
     """Return the fixed keys of a method's metrics.jsonl, sorted, without `step`.
 
-    `method` is "ppo" or "grpo", `reward_functions` the names of the reward functions, `text`
-    whether one of them is wrapped by `with_text_metrics`.
+    `method` is "ppo" or "grpo", `reward_functions` the names of the reward functions, `target_kl`
+    whether one is set, `text` whether one function is wrapped by `with_text_metrics`.
 
     >>> "critic/value_mean" in metric_keys("ppo", ["ueba_format"])
     True
@@ -170,7 +171,8 @@ def metric_keys(method: str, reward_functions: Iterable[str], *, kl_in_loss: boo
         raise ValueError(f"method={method!r} is unknown: legal values are 'ppo' and 'grpo'")
     keys = {*_SHARED, *(_CRITIC if method == "ppo" else ()), *(_TEXT if text else ())}
     keys |= {f"rewards/{name}/{part}" for name in reward_functions for part in ("mean", "std")}
-    return tuple(sorted(keys | ({"kl"} if kl_in_loss else set())))
+    keys |= {name for name, wanted in (("kl", kl_in_loss), ("stands_still", target_kl)) if wanted}
+    return tuple(sorted(keys))
 
 
 # -- alarms ---------------------------------------------------------------------------------------

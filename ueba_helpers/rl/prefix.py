@@ -73,7 +73,9 @@ def shareable(model: nn.Module, *, gradients: bool = True) -> str | None:
     for name in _BEHIND_HEAD:
         if getattr(config, name, None) not in (None, 0, 1):
             return f"{name}={getattr(config, name)} changes logits behind the head"
-    layer_types = getattr(config, "layer_types", None) or ["full_attention"]
+    # Models older than `layer_types` say by `sliding_window` alone that all layers have one.
+    layer_types = getattr(config, "layer_types", None) or [
+        "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"]
     if set(layer_types) != {"full_attention"}:
         return "a sliding window or a recurrent layer forgets part of the prompt"
     if gradients and ("unsloth" in type(backbone).__module__

@@ -37,7 +37,7 @@ from ueba_helpers.data.files import atomic_path, write_json
 from ueba_helpers.data.records import read_rows
 from ueba_helpers.data.seeding import generator
 from ueba_helpers.errors import UserError
-from ueba_helpers.rl.checkpoints import latest_checkpoint, load_critic, seal
+from ueba_helpers.rl.checkpoints import is_shared_critic, latest_checkpoint, load_critic, seal
 from ueba_helpers.rl.monitors import (
     HealthMonitor,
     MetricsWriter,
@@ -52,6 +52,7 @@ from ueba_helpers.rl.policies import (
     make_critic,
     tensor_bytes,
 )
+from ueba_helpers.rl.prefix import backbone_of
 from ueba_helpers.rl.rollouts import predict, tokenize_prompts
 from ueba_helpers.rl.settings import (
     GRPOSettings,
@@ -159,8 +160,10 @@ def ppo(start: Path | str, out: Path | str, rows: Sequence[Mapping], settings: P
     config |= {"critic": settings.critic, "gamma": settings.gamma, "lam": settings.lam,
                "critic_learning_rate": settings.learning_rate
                * settings.critic_learning_rate_ratio,
-               "critic_warmup_steps": settings.critic_warmup_steps,
-               "value_clip": settings.value_clip,
+               **{name: getattr(settings, name) for name in (
+                   "critic_warmup_steps", "critic_warmup_until", "critic_max_grad_norm",
+                   "critic_loss", "value_range", "critic_lam", "length_adaptive_alpha",
+                   "value_clip")},
                "vf_coef": 1.0 if settings.critic == "separate" else 0.1}
     return reinforce(PPOTrainer, PPOConfig(**config), start, out, rows, settings, policy,
                      **options)
@@ -169,7 +172,8 @@ def ppo(start: Path | str, out: Path | str, rows: Sequence[Mapping], settings: P
 def grpo(start: Path | str, out: Path | str, rows: Sequence[Mapping], settings: GRPOSettings,
          policy: PolicySettings, **options) -> Trained:
     """Train a policy by GRPO against its group's mean; see `reinforce` for the options."""
-    config = GRPOConfig(**_shared_config(out, settings, policy))
+    config = GRPOConfig(**_shared_config(out, settings, policy), baseline=settings.baseline,
+                        baseline_floor=settings.baseline_floor)
     return reinforce(GRPOTrainer, config, start, out, rows, settings, policy, **options)
 
 
@@ -196,7 +200,9 @@ def _shared_config(out: Path | str, settings: RLSettings, policy: PolicySettings
         "temperature": settings.temperature, "epsilon": settings.clip_low,
         "epsilon_high": settings.clip_high, "kl_coef": settings.kl_coef,
         "kl_placement": settings.kl_placement, "scale_rewards": settings.scale_rewards,
-        "max_grad_norm": settings.max_grad_norm, "loss_type": "dapo",
+        "max_grad_norm": settings.max_grad_norm, "loss_type": settings.loss_type,
+        "importance_sampling_level": settings.importance_sampling_level,
+        "target_kl": settings.target_kl,
         "missing_eos_penalty": settings.missing_eos_penalty,
         "shared_prefix": settings.shared_prefix, "weight_decay": 0.0, "seed": settings.seed,
         "save_strategy": "steps", "save_steps": settings.save_steps, "save_total_limit": 3,
@@ -240,7 +246,8 @@ def reinforce(trainer_class: type[PolicyGradientTrainer], config, start: Path | 
     trainer.add_callback(MetricsWriter(
         metrics, out / "timings.jsonl", monitor=monitor,
         keys=metric_keys(trainer._name.lower(), trainer.reward_func_names,
-                         kl_in_loss=bool(trainer.beta), text=True)))
+                         kl_in_loss=bool(trainer.beta), target_kl=settings.target_kl is not None,
+                         text=True)))
     if held_out:
         trainer.add_callback(_HeldOut(trainer, tokenizer, held_out, policy, evaluate_every,
                                       monitor, on_held_out))
@@ -284,9 +291,17 @@ def load_trained(folder: Path | str, start: Path | str, policy: PolicySettings
 
 
 def load_trained_critic(out: Path | str, start: Path | str, policy: PolicySettings) -> Critic:
-    """Return the separate critic that a PPO run in `out` ended with."""
-    critic = make_critic(load_policy(start, policy))
-    load_critic(critic, out)
+    """Return the critic that a PPO run in `out` ended with.
+
+    A shared one reads the hidden states of the trained policy.
+    """
+    if is_shared_critic(out):
+        trained = Path(out) / ("adapter" if policy.lora_rank else "policy")
+        critic = Critic(backbone_of(load_trained(trained, start, policy)))
+        load_critic(critic.head, out)
+    else:
+        critic = make_critic(load_policy(start, policy))
+        load_critic(critic, out)
     return critic.eval()
 
 

@@ -7,9 +7,10 @@ field's name and the legal range.
 """
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 
-from ueba_helpers.errors import require
+from ueba_helpers.errors import UserError, require
 from ueba_helpers.task.rewards import TRAINABLE
 
 
@@ -114,6 +115,9 @@ class RLSettings(_Settings):
     kl_placement: str = "reward"
     scale_rewards: str = "batch"
     max_grad_norm: float = 1.0
+    loss_type: str = "dapo"  # the token mean over the batch; "grpo" means sequences first
+    importance_sampling_level: str = "token"
+    target_kl: float | None = None
     missing_eos_penalty: float = 0.5
     rewards: str = "ueba"
     shared_prefix: bool = True
@@ -152,6 +156,16 @@ class RLSettings(_Settings):
                 "'none' and 'batch' while the KL is part of the reward (in a group whose rewards "
                 "are all equal the deviation is that of the KL alone, and dividing by it blows "
                 "noise up)")
+        require(self.loss_type in ("dapo", "grpo", "bnpo", "dr_grpo"), "loss_type", self.loss_type,
+                "'dapo', 'grpo', 'bnpo' and 'dr_grpo'")
+        require(self.importance_sampling_level in ("token", "sequence"),
+                "importance_sampling_level", self.importance_sampling_level,
+                "'token' and 'sequence'")
+        require(self.importance_sampling_level == "token" or self.loss_type == "grpo", "loss_type",
+                self.loss_type, "'grpo' while importance_sampling_level is 'sequence' (the other "
+                "losses count a sequence's ratio once per token)")
+        require(self.target_kl is None or self.target_kl > 0, "target_kl", self.target_kl,
+                "None and numbers above 0")
         require(self.rewards in TRAINABLE, "rewards", self.rewards,
                 ", ".join(map(repr, TRAINABLE)))
         require(self.save_steps >= 1 and self.save_steps % self.num_iterations == 0, "save_steps",
@@ -168,9 +182,46 @@ class RLSettings(_Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class GRPOSettings(RLSettings):
-    """GRPO: the group's mean is the baseline (Shao et al. 2024, arXiv:2402.03300)."""
+    """GRPO: the group's mean is the baseline (Shao et al. 2024, arXiv:2402.03300).
+
+    Or the mean of the others (`baseline="leave_one_out"`), or nothing ("none", REINFORCE).
+    `baseline_floor` is the least reward of a right answer, below which the mean is no baseline.
+    """
+
+    baseline: str = "group"
+    baseline_floor: float | None = None
 
     smallest_group = 2
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.baseline in ("none", "group", "leave_one_out"), "baseline", self.baseline,
+                "'none', 'group' and 'leave_one_out'")
+        require(self.baseline_floor is None or self.baseline == "group", "baseline_floor",
+                self.baseline_floor, f"None with baseline={self.baseline!r}")
+
+
+# What each published relative of GRPO changes of the main contrast's settings. They differ from
+# PPO in more than the baseline, so they stand beside the comparison and not in it.
+ARMS: Mapping[str, Mapping] = {
+    "grpo_published": {"scale_rewards": "group", "kl_placement": "loss", "kl_coef": 0.04,
+                       "loss_type": "grpo"},  # Shao et al. 2024, arXiv:2402.03300
+    "dr_grpo": {"scale_rewards": "none", "loss_type": "dr_grpo"},  # arXiv:2503.20783
+    "rloo": {"baseline": "leave_one_out", "scale_rewards": "none"},  # arXiv:2402.14740
+    "gspo": {"importance_sampling_level": "sequence", "loss_type": "grpo"},  # arXiv:2507.18071
+    "reinforce": {"baseline": "none", "scale_rewards": "none"},
+}
+
+
+def arm(name: str, base: GRPOSettings) -> GRPOSettings:
+    """Return the settings of a named arm, everything else as in `base`.
+
+    >>> arm("rloo", GRPOSettings()).baseline
+    'leave_one_out'
+    """
+    if name not in ARMS:
+        raise UserError(f"Unknown arm {name!r}. Legal arms: {', '.join(ARMS)}.")
+    return replace(base, **ARMS[name])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,8 +231,14 @@ class PPOSettings(RLSettings):
     critic: str = "separate"
     critic_learning_rate_ratio: float = 5.0
     critic_warmup_steps: int = 10
+    critic_warmup_until: float | None = None  # explained variance that ends the warm-up early
+    critic_max_grad_norm: float | None = None  # None: max_grad_norm
+    critic_loss: str = "mse"
+    value_range: tuple[float, float] = (-1.0, 1.0)  # of returns, for critic_loss "bce"
     gamma: float = 1.0
     lam: float = 1.0
+    critic_lam: float = 1.0
+    length_adaptive_alpha: float | None = None  # lambda by length, in place of lam
     value_clip: float | None = 0.5
 
     def __post_init__(self):
@@ -197,5 +254,17 @@ class PPOSettings(RLSettings):
                 self.critic_warmup_steps, f"0 and more, below steps ({self.steps})")
         require(0 < self.gamma <= 1, "gamma", self.gamma, "above 0, to 1")
         require(0 <= self.lam <= 1, "lam", self.lam, "0 to 1")
+        require(0 <= self.critic_lam <= 1, "critic_lam", self.critic_lam, "0 to 1")
+        for name in ("length_adaptive_alpha", "critic_max_grad_norm"):
+            value = getattr(self, name)
+            require(value is None or value > 0, name, value, "None and numbers above 0")
+        require(self.critic_warmup_until is None or self.critic_warmup_until < 1,
+                "critic_warmup_until", self.critic_warmup_until, "None and numbers below 1")
+        require(self.critic_loss in ("mse", "bce"), "critic_loss", self.critic_loss,
+                "'mse' and 'bce'")
+        require(self.critic_loss == "mse" or self.value_clip is None, "value_clip",
+                self.value_clip, "None with critic_loss='bce'")
+        require(len(self.value_range) == 2 and self.value_range[0] < self.value_range[1],
+                "value_range", self.value_range, "two numbers, the first below the second")
         require(self.value_clip is None or self.value_clip > 0, "value_clip", self.value_clip,
                 "None and numbers above 0")

@@ -75,6 +75,9 @@ class PolicyGradientConfig(trl.GRPOConfig):
     kl_placement: str = field(default="reward", metadata={"help": "'reward' or 'loss'."})
     missing_eos_penalty: float = field(
         default=0.0, metadata={"help": "Taken off the reward of a completion without an end."})
+    target_kl: float | None = field(default=None, metadata={
+        "help": "Approximate KL to the sampling policy, nats per token, at which it stands still "
+                "until the next rollout."})
     shared_prefix: bool = field(
         default=True, metadata={"help": "Run a prompt once for all its completions."})
     loss_type: str = field(default="dapo", metadata={"help": "Token mean over the batch."})
@@ -100,6 +103,9 @@ class PolicyGradientConfig(trl.GRPOConfig):
                             "are 'reward' and 'loss'.")
         if self.kl_coef < 0:
             raise UserError(f"kl_coef={self.kl_coef} is not possible: legal values are 0 and more.")
+        if self.target_kl is not None and self.target_kl <= 0:
+            raise UserError(f"target_kl={self.target_kl} is not possible: legal values are None "
+                            "and numbers above 0.")
         self.beta = self.kl_coef if self.kl_placement == "loss" else 0.0
         if self.multi_objective_aggregation != "sum_then_normalize":
             raise UserError(f"multi_objective_aggregation={self.multi_objective_aggregation!r} is "
@@ -109,6 +115,11 @@ class PolicyGradientConfig(trl.GRPOConfig):
             raise UserError("sync_ref_model=True is not possible: the KL is to the policy that "
                             "training began with, which stays as it is.")
         scale = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
+        if scale == "group" and self.kl_coef and self.kl_placement == "reward":
+            raise UserError("scale_rewards='group' is not possible with kl_placement='reward': in "
+                            "a group whose rewards are all equal the deviation is that of the KL "
+                            "alone, and dividing by it blows noise up. Use 'batch' or 'none', or "
+                            "kl_placement='loss'.")
         if scale not in self._scales:
             raise UserError(f"scale_rewards={scale!r} is not possible: legal values are "
                             f"{', '.join(map(repr, self._scales))}.")
@@ -117,7 +128,26 @@ class PolicyGradientConfig(trl.GRPOConfig):
 
 @dataclass
 class GRPOConfig(PolicyGradientConfig):
-    """Settings of GRPO: the baseline is the mean of the group's rewards."""
+    """Settings of GRPO: the baseline is the mean of the group's rewards.
+
+    Beside "group" there are "leave_one_out", the mean of the others (RLOO), and "none"
+    (REINFORCE). `baseline_floor` is the least reward of a right answer, below which the group's
+    mean is no baseline (`advantages.group_relative`).
+    """
+
+    baseline: str = field(default="group", metadata={
+        "help": "'none', 'group' or 'leave_one_out'."})
+    baseline_floor: float | None = field(default=None, metadata={
+        "help": "Least reward of a right answer."})
+
+    def __post_init__(self):
+        if self.baseline not in estimators.BASELINES:
+            raise UserError(f"baseline={self.baseline!r} is not possible: legal values are "
+                            f"{', '.join(map(repr, estimators.BASELINES))}.")
+        if self.baseline_floor is not None and self.baseline != "group":
+            raise UserError(f"baseline_floor={self.baseline_floor} belongs to baseline='group', "
+                            f"not to {self.baseline!r}: leave it out.")
+        super().__post_init__()
 
 
 @dataclass
@@ -126,10 +156,13 @@ class PPOConfig(PolicyGradientConfig):
 
     `critic` is "separate" (a backbone of its own) or "shared" (a head on the policy's hidden
     state, whose loss, weighed by `vf_coef`, also reaches the policy's trunk). During the first
-    `critic_warmup_steps` optimiser steps only the critic learns. `scale_rewards="whiten"` gives
-    token advantages mean zero and variance one over the batch; the other scales divide by the
-    same deviation of sequence rewards as in GRPO. Not a group's: PPO's advantages of a group whose
-    rewards are equal need not be zero, and its deviation is.
+    `critic_warmup_steps` optimiser steps only the critic learns, or until its explained variance
+    exceeds `critic_warmup_until`, if that comes first. `critic_loss="bce"` reads the critic's
+    output as a logit of where in `value_range` the return lies (PACT); returns beyond it count as
+    its ends. `length_adaptive_alpha` replaces `lam` by 1 - 1 / (alpha length) (VAPO).
+    `scale_rewards="whiten"` gives token advantages mean zero and variance one over the batch; the
+    other scales divide by the same deviation of sequence rewards as in GRPO. Not a group's: PPO's
+    advantages of a group whose rewards are equal need not be zero, and its deviation is.
     """
 
     num_generations: int | None = field(default=1, metadata={"help": "Completions per prompt."})
@@ -137,9 +170,18 @@ class PPOConfig(PolicyGradientConfig):
     critic_learning_rate: float | None = field(
         default=None, metadata={"help": "Default: five times the policy's."})
     critic_warmup_steps: int = field(default=0, metadata={"help": "Steps with a frozen policy."})
+    critic_warmup_until: float | None = field(
+        default=None, metadata={"help": "Explained variance that ends the warm-up early."})
+    critic_max_grad_norm: float | None = field(
+        default=None, metadata={"help": "Default: the policy's."})
+    critic_loss: str = field(default="mse", metadata={"help": "'mse' or 'bce'."})
+    value_range: tuple[float, float] = field(
+        default=(-1.0, 1.0), metadata={"help": "Least and largest return, for 'bce'."})
     gamma: float = field(default=1.0, metadata={"help": "Discount per token."})
     lam: float = field(default=1.0, metadata={"help": "GAE's lambda for the policy."})
     critic_lam: float = field(default=1.0, metadata={"help": "Lambda of the critic's targets."})
+    length_adaptive_alpha: float | None = field(
+        default=None, metadata={"help": "Lambda by length, in place of lam."})
     value_clip: float | None = field(default=None, metadata={"help": "Clip range of values."})
     vf_coef: float = field(default=1.0, metadata={"help": "Weight of the value loss."})
 
@@ -150,6 +192,19 @@ class PPOConfig(PolicyGradientConfig):
         if self.critic not in ("separate", "shared"):
             raise UserError(f"critic={self.critic!r} is not possible: legal values are "
                             "'separate' and 'shared'.")
+        if self.critic_loss not in ("mse", "bce"):
+            raise UserError(f"critic_loss={self.critic_loss!r} is not possible: legal values are "
+                            "'mse' and 'bce'.")
+        if self.critic_loss == "bce" and self.value_clip is not None:
+            raise UserError(f"value_clip={self.value_clip} belongs to critic_loss='mse', not to "
+                            "'bce': leave it out.")
+        low, high = self.value_range
+        if not low < high:
+            raise UserError(f"value_range={self.value_range} is not possible: the first number "
+                            "must be below the second.")
+        if self.length_adaptive_alpha is not None and self.length_adaptive_alpha <= 0:
+            raise UserError(f"length_adaptive_alpha={self.length_adaptive_alpha} is not possible: "
+                            "legal values are None and numbers above 0.")
         if self.num_generations == 1:
             # TRL refuses groups of one, which GRPO's baseline needs and PPO's does not: satisfy
             # its check with a legal divisor, then restore.
@@ -165,6 +220,8 @@ class PPOConfig(PolicyGradientConfig):
         self.num_generations = wanted
         if self.critic_learning_rate is None:
             self.critic_learning_rate = 5 * self.learning_rate
+        if self.critic_max_grad_norm is None:
+            self.critic_max_grad_norm = self.max_grad_norm
 
 
 def _checked(reward_func: Callable) -> Callable:
@@ -239,6 +296,10 @@ class PolicyGradientTrainer(trl.GRPOTrainer):
         super().__init__(model, funcs, args, *others, **kwargs)
         self.args.beta = self.beta = wanted_beta
         self.scale_rewards = "none"  # of TRL's own advantages, which _advantages replaces
+        columns = getattr(self.train_dataset, "column_names", None)  # unknown for a stream
+        if columns is not None and "prompt" not in columns:
+            raise UserError("train_dataset has no column `prompt`; it has "
+                            f"{', '.join(columns)}. Rename the one that holds the prompts.")
         self.use_sampler = self._can_sample_here()
         self._why_plain = self._reason_for_plain_path()
         if self._why_plain and args.shared_prefix:
@@ -259,6 +320,8 @@ class PolicyGradientTrainer(trl.GRPOTrainer):
         self._scored: dict[str, Tensor] = {}
         self._evaluation_draws = 0
         self._rollout_calls = (-1, 0)  # the optimiser step and how often it has sampled
+        self._step_kl: list[float] = []  # approximate KL of the micro-batches of this step
+        self._stands_still = False  # until the next rollout
         self.add_callback(_StepBoundaries(self))
 
     config_class = PolicyGradientConfig
@@ -324,6 +387,7 @@ class PolicyGradientTrainer(trl.GRPOTrainer):
             return self._generate_and_score_completions(generation_batch)
         every = self.args.steps_per_generation * self.num_iterations
         if self._step % every == 0 or self._buffered_inputs is None:
+            self._stands_still = False
             batch = self._generate_and_score_completions(generation_batch)
             batch = split_pixel_values_by_grid(batch)
             if self.args.steps_per_generation > 1:
@@ -382,9 +446,15 @@ class PolicyGradientTrainer(trl.GRPOTrainer):
         return super().evaluate(*args, **kwargs)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        self._rewards_per_func = super()._calculate_rewards(inputs, prompts, completions,
-                                                            completion_ids_list)
-        return self._rewards_per_func
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        for name, func, column in zip(self.reward_func_names, self.reward_funcs, rewards.T,
+                                      strict=True):
+            # Of a function NaN stands for None; of a model it is a number gone wrong.
+            if isinstance(func, nn.Module) and not torch.isfinite(column).all():
+                raise UserError(f"reward model {name} returned a value that is not finite: check "
+                                "its weights and its dtype.")
+        self._rewards_per_func = rewards
+        return rewards
 
     def _generate_and_score_completions(self, inputs):
         rollout = super()._generate_and_score_completions(inputs)
@@ -566,18 +636,50 @@ class PolicyGradientTrainer(trl.GRPOTrainer):
         if not torch.isfinite(loss):
             raise UserError(f"the policy loss is {loss.item()} at step {self.state.global_step}: "
                             "training stops before the weights are harmed; lower learning_rate.")
-        self._log("policy_loss",
-                  self._sum_over_ranks(loss.detach()) / self.accelerator.num_processes)
+        if not self._entropy_bonus_enabled:  # TRL then logs the loss without the bonus
+            self._log("policy_loss",
+                      self._sum_over_ranks(loss.detach()) / self.accelerator.num_processes)
         old = inputs.get("old_per_token_logps")
         if old is None:  # one update per rollout: the sampler's own are the same policy's
             old = inputs.get("sampling_per_token_logps")
         new = self._scored["log_probs"]
         mask = _loss_mask(inputs)
-        log_ratio = torch.zeros_like(new) if old is None else (new - old) * mask
-        self._log("ratio/max", self.accelerator.gather(log_ratio.max().exp()).max())
-        kl = self._sum_over_ranks((log_ratio.exp() - 1 - log_ratio).sum())
-        self._log("approx_kl", kl / self._sum_over_ranks(mask.sum()))
+        old = new if old is None else old
+        largest = ((new - old) * mask).max().exp()
+        self._log("ratio/max", self.accelerator.gather(largest).max())
+        kl = self._sum_over_ranks((estimators.kl_estimate(old, new, "k3") * mask).sum())
+        kl = kl / self._sum_over_ranks(mask.sum())
+        self._log("approx_kl", kl)
+        if self._mode == "train" and self.args.target_kl is not None:
+            self._step_kl.append(float(kl))
         return loss
+
+    def _clip_grad_norm(self, model):
+        return self._finite(super()._clip_grad_norm(model), "policy", "learning_rate")
+
+    def _finite(self, norm, network: str, rate: str):
+        """Return a gradient's norm; raise before an optimiser step that would spread NaN."""
+        # fp16's loss scaler leaves such a step out itself and goes on with a smaller scale
+        if self.accelerator.scaler is None and not math.isfinite(float(norm)):
+            raise UserError(f"the gradient of the {network} is not finite at step "
+                            f"{self.state.global_step}: training stops before the weights are "
+                            f"harmed; lower {rate}.")
+        return norm
+
+    def _hold_at_target_kl(self) -> None:
+        """Drop the policy's gradients of a step that begins beyond the target KL.
+
+        The rest of the rollout is left unused as well; the critic goes on. Without gradients
+        neither the momentum of the optimiser nor its weight decay moves a weight.
+        """
+        seen, self._step_kl = self._step_kl, []
+        if self.args.target_kl is None:
+            return
+        self._stands_still |= bool(seen) and sum(seen) / len(seen) > self.args.target_kl
+        if self._stands_still:
+            for parameter in self._bare_model().parameters():
+                parameter.grad = None
+        self._log("stands_still", float(self._stands_still))
 
     def _token_mean(self, values: Tensor, inputs) -> Tensor:
         """Return the sum over this micro-batch divided by the tokens of the whole step."""
@@ -609,7 +711,7 @@ class _AddressedRepeatSampler(RepeatSampler):
 
 
 class _StepBoundaries(TrainerCallback):
-    """Clear the critic's gradients after each step; save only where a rollout is used up.
+    """Hold at the target KL, clear the critic's gradients, save only where a rollout is used up.
 
     A checkpoint holds no rollout: training resumed inside one would draw another. The last step
     is saved wherever it falls, to be used and not to be resumed from.
@@ -634,6 +736,9 @@ class _StepBoundaries(TrainerCallback):
                             f"lies inside a rollout of {self._rollout_steps()} micro-batches "
                             "(steps_per_generation times num_iterations). Resume from an earlier "
                             "one.")
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self._trainer._hold_at_target_kl()
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self._trainer.zero_beside_policy()  # Trainer zeroes `model`, which it is no part of
@@ -668,7 +773,7 @@ def _shuffle_groups(batch: dict, group_size: int, draws) -> dict:
 
 
 class GRPOTrainer(PolicyGradientTrainer):
-    """Group relative policy optimisation: the baseline is the mean of the group."""
+    """Group relative policy optimisation: the baseline is made of the group's rewards."""
 
     _tag_names = ("trl", "grpo", "ueba")
     _name = "GRPO"
@@ -676,8 +781,9 @@ class GRPOTrainer(PolicyGradientTrainer):
 
     def _advantages(self, rollout, mask, scores, scorable, penalties):
         totals = self._gathered_returns(scores, penalties)
-        advantages = estimators.group_relative(totals, self._group_size(),
-                                               self.args.scale_rewards)
+        args = self.args
+        advantages = estimators.baselined(totals, self._group_size(), args.baseline,
+                                          args.scale_rewards, args.baseline_floor)
         return self._of_this_rank(advantages, scores.numel())
 
 
@@ -722,6 +828,7 @@ class PPOTrainer(PolicyGradientTrainer):
                 raise UserError(f"value_model reads a vocabulary of {found} tokens, the policy "
                                 f"one of {vocabulary}: both must share a tokenizer.")
         self.critic = self.accelerator.prepare_model(critic.to(self.accelerator.device))
+        self._warm = False  # whether explained variance has ended the warm-up
 
     @property
     def _keeps_states(self) -> bool:
@@ -729,16 +836,24 @@ class PPOTrainer(PolicyGradientTrainer):
 
     @property
     def _warming_up(self) -> bool:
-        return self.state.global_step < self.args.critic_warmup_steps
+        return not self._warm and self.state.global_step < self.args.critic_warmup_steps
 
-    def _values(self, batch, mask, states: Tensor | None = None) -> Tensor:
+    def _outputs(self, batch, states: Tensor | None = None) -> Tensor:
+        """Return what the critic says `(B, T)`: values, or logits with `critic_loss="bce"`."""
         if self._keeps_states:
-            return values_of(self.critic, states) * mask
+            return values_of(self.critic, states)
         with self.accelerator.autocast():
             values = self.critic(batch["prompt_ids"], batch["prompt_mask"],
                                  batch["completion_ids"], batch["completion_mask"],
                                  shared_prefix=self._why_plain is None)
-        return values.float() * mask
+        return values.float()
+
+    def _values(self, batch, mask, states: Tensor | None = None) -> Tensor:
+        values = self._outputs(batch, states)
+        if self.args.critic_loss == "bce":
+            low, high = self.args.value_range
+            values = low + (high - low) * values.sigmoid()
+        return values * mask
 
     def _rollout_values(self, rollout, mask) -> Tensor:
         states = None
@@ -756,27 +871,22 @@ class PPOTrainer(PolicyGradientTrainer):
         values = self._rollout_values(rollout, mask)
         rewards = estimators.terminal_rewards(scores.where(scorable, 0.0), mask) - penalties
         args = self.args
-        advantages, returns = estimators.gae(rewards, values, mask, args.gamma, args.lam)
-        if args.critic_lam != args.lam:
+        lam = args.lam if args.length_adaptive_alpha is None else (
+            estimators.length_adaptive_lambda(mask, args.length_adaptive_alpha))
+        advantages, returns = estimators.gae(rewards, values, mask, args.gamma, lam)
+        if args.critic_lam != args.lam or args.length_adaptive_alpha is not None:
             returns = estimators.gae(rewards, values, mask, args.gamma, args.critic_lam)[1]
         rollout["values"], rollout["returns"] = values, returns
         rollout["value_mask"] = mask * scorable.float().unsqueeze(1)
         self._log_critic(values, returns, rollout["value_mask"])
         if args.scale_rewards == "whiten":
-            return self._whiten(advantages, rollout["value_mask"])
+            return estimators.whiten(advantages, rollout["value_mask"],
+                                     total=self._sum_over_ranks)
         totals = self._gathered_returns(scores, penalties)
         scale = estimators.reward_scale(totals, self._group_size(), args.scale_rewards)
         # Rewards that are all but equal have no deviation to divide by; R - V need not be small.
         scale = scale.where(scale > _LEAST_SCALE, 1.0)
         return advantages / self._of_this_rank(scale, scores.numel()).unsqueeze(1)
-
-    def _whiten(self, advantages: Tensor, mask: Tensor) -> Tensor:
-        """`estimators.whiten` over all ranks."""
-        count = self._sum_over_ranks(mask.sum()).clamp(min=1)
-        mean = self._sum_over_ranks((advantages * mask).sum()) / count
-        variance = (self._sum_over_ranks(((advantages - mean) ** 2 * mask).sum())
-                    / (count - 1).clamp(min=1))
-        return ((advantages - mean) * torch.rsqrt(variance + 1e-8) * mask).to(advantages.dtype)
 
     def _log_critic(self, values, returns, mask) -> None:
         width = torch.tensor([values.size(1)], device=values.device)
@@ -785,7 +895,10 @@ class PPOTrainer(PolicyGradientTrainer):
                     for x in (values, returns, mask)]
         values, returns, mask = gathered
         inside = mask.bool()
-        self._log("critic/explained_variance", estimators.explained_variance(*gathered))
+        explained = float(estimators.explained_variance(*gathered))
+        self._log("critic/explained_variance", explained)
+        if self._mode == "train" and self.args.critic_warmup_until is not None:
+            self._warm |= explained > self.args.critic_warmup_until
         self._log("critic/value_mean", values[inside].mean())
         self._log("critic/return_mean", returns[inside].mean())
 
@@ -799,24 +912,33 @@ class PPOTrainer(PolicyGradientTrainer):
         states = self._scored["states"] if shared else None
         if warming_up and shared:
             states, policy_loss = states.detach(), policy_loss.detach()
-        values = self._values(inputs, mask, states)
-        error = (values - inputs["returns"]) ** 2
-        clipped = torch.zeros_like(error)
-        if self.args.value_clip is not None:
-            near = inputs["values"] + (values - inputs["values"]).clamp(
-                -self.args.value_clip, self.args.value_clip)
-            error_near = (near - inputs["returns"]) ** 2
-            clipped = (error_near > error).float()
-            error = torch.maximum(error, error_near)
-        value_loss = 0.5 * self._token_mean(error * mask, inputs)
+        errors, clipped = self._value_errors(self._outputs(inputs, states), inputs)
+        value_loss = self._token_mean(errors * mask, inputs)
         if not torch.isfinite(value_loss):
             raise UserError(f"the value loss is {value_loss.item()} at step "
                             f"{self.state.global_step}: lower critic_learning_rate.")
         tokens = self._sum_over_ranks(mask.sum()).clamp(min=1)
-        self._log("critic/value_loss", 0.5 * self._sum_over_ranks((error * mask).sum()) / tokens)
+        self._log("critic/value_loss", self._sum_over_ranks((errors * mask).sum()) / tokens)
         self._log("critic/clip_ratio", self._sum_over_ranks((clipped * mask).sum()) / tokens)
         self._log("critic/warming_up", float(warming_up))
         return (0.0 if frozen else policy_loss) + self.args.vf_coef * value_loss
+
+    def _value_errors(self, outputs: Tensor, inputs) -> tuple[Tensor, Tensor]:
+        """Return the value loss of each token `(B, T)` and where the clip range acts."""
+        returns = inputs["returns"]
+        unclipped = torch.zeros_like(outputs)
+        if self.args.critic_loss == "bce":
+            low, high = self.args.value_range
+            target = ((returns - low) / (high - low)).clamp(0.0, 1.0)
+            return nn.functional.binary_cross_entropy_with_logits(
+                outputs, target, reduction="none"), unclipped
+        errors = (outputs - returns) ** 2
+        if self.args.value_clip is None:
+            return 0.5 * errors, unclipped
+        near = inputs["values"] + (outputs - inputs["values"]).clamp(
+            -self.args.value_clip, self.args.value_clip)
+        errors_near = (near - returns) ** 2
+        return 0.5 * torch.maximum(errors, errors_near), (errors_near > errors).float()
 
     # -- the critic's optimiser group, gradients and checkpoints --------------------------------
 
@@ -852,15 +974,15 @@ class PPOTrainer(PolicyGradientTrainer):
     def _clip_grad_norm(self, model):
         policy_norm = super()._clip_grad_norm(model)
         # With fp16 the line above took the loss scale off both; Accelerate refuses to do it twice.
-        self._log("critic/grad_norm", nn.utils.clip_grad_norm_(self.critic.parameters(),
-                                                               self.args.max_grad_norm))
+        norm = nn.utils.clip_grad_norm_(self.critic.parameters(), self.args.critic_max_grad_norm)
+        self._log("critic/grad_norm", self._finite(norm, "critic", "critic_learning_rate"))
         return policy_norm
 
     def save_beside_policy(self, folder):
-        save_critic(self.accelerator.unwrap_model(self.critic), folder)
+        save_critic(self.accelerator.unwrap_model(self.critic), folder, warm=self._warm)
 
     def load_beside_policy(self, folder):
-        load_critic(self.accelerator.unwrap_model(self.critic), folder)
+        self._warm = load_critic(self.accelerator.unwrap_model(self.critic), folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)

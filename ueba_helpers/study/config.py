@@ -346,7 +346,11 @@ def _merged(path: Path, method: str, common: object, own: object) -> dict:
 
 
 def _changed(settings, asked: dict, section: str):
-    """Return settings with the asked values, each of the type of the one it replaces."""
+    """Return settings with the asked values, each of the type of the one it replaces.
+
+    TOML knows no None: `false` stands for it where a setting may be absent.
+    """
+    kinds = {entry.name: entry.type for entry in fields(settings)}
     legal = [entry.name for entry in fields(settings) if section or entry.name not in _OF_THE_FILE]
     values = {}
     for name, value in asked.items():
@@ -360,7 +364,8 @@ def _changed(settings, asked: dict, section: str):
                 raise UserError(f"{place} is a section: write [{place}] on a line of its own.")
             values[name] = _changed(present, value, f"{place}.")
         else:
-            values[name] = _of_type(present, value, place)
+            optional = "None" in str(kinds[name])
+            values[name] = None if optional and value is False else _of_type(present, value, place)
     try:
         return replace(settings, **values)
     except UserError as error:
