@@ -72,8 +72,8 @@ def _check() -> int:
     parser.add_argument("--profile", default="laptop")
     parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13])
     parser.add_argument("--runs", default="runs")
-    parser.add_argument("--out", help=f"default: {COMMITTED}, which is kept for the profile laptop; "
-                        "another profile writes <runs>/learn_check-<profile>.json")
+    parser.add_argument("--out", help=f"default: {COMMITTED} for the profile laptop, "
+                        "<runs>/learn_check-<profile>.json for another")
     args = parser.parse_args()
     if len(set(args.seeds)) < 2:
         parser.error("an interval over seeds needs at least two different ones")
