@@ -439,6 +439,49 @@ def test_logs_of_another_release_under_the_key_of_r4_2_are_refused(release, tmp_
     assert cert.ingest(release, tmp_path / "store", threads=1)["answers_unmatched"] == {}
 
 
+def read_until_refused(release, other, tmp_path, monkeypatch):
+    """Refuse the part of a release whose logons end with January; return the logs that were read.
+    """
+    shutil.copytree(release, other)
+    lines = (other / "logon.csv").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.split(",")[1][:2] in ("da", "01")]
+    assert 1 < len(kept) < len(lines)
+    (other / "logon.csv").write_text("".join(kept))
+    read = []
+    log = cert._Ingest.log
+    with monkeypatch.context() as patch:
+        patch.setattr(cert._Ingest, "log", lambda self, name: read.append(name) or log(self, name))
+        with pytest.raises(UserError, match=r"only a part of it.*--allow-partial"):
+            cert.ingest(other, tmp_path / "store", threads=1)
+    return read
+
+
+def test_a_part_of_a_release_is_refused_before_the_longer_logs_are_read(
+    release, tmp_path, monkeypatch
+):
+    other = tmp_path / "other"
+    assert read_until_refused(release, other, tmp_path, monkeypatch) == ["logon"]
+    manifest = cert.ingest(other, tmp_path / "store", threads=1, allow_partial=True)
+    assert manifest["answers_unmatched"].keys() == {"logon"}
+    assert manifest["answers_unmatched"]["logon"] > 5
+    assert any("rows of the answer key are in no log" in told for told in manifest["warnings"])
+
+
+def test_the_twin_that_compares_last_reads_them_all(release, tmp_path, monkeypatch):
+    compare, waiting = cert._Ingest.compare_with_key, []
+    unmatched = cert._Ingest.unmatched
+
+    def last(self, answers):
+        for name, bad in waiting:
+            compare(self, name, bad)
+        return unmatched(self, answers)
+
+    monkeypatch.setattr(cert._Ingest, "compare_with_key",
+                        lambda self, name, bad: waiting.append((name, bad)))
+    monkeypatch.setattr(cert._Ingest, "unmatched", last)
+    assert read_until_refused(release, tmp_path / "other", tmp_path, monkeypatch) == [*cert.LOGS]
+
+
 def change_key(folder: Path, old: str, new: str) -> None:
     path = folder / "answers" / "r4.2-1" / "r4.2-1-AAA0001.csv"
     line = f"device,{log_lines('device', ROWS)[3]}"

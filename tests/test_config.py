@@ -158,6 +158,9 @@ def test_a_longer_limit_or_another_forecast_makes_no_other_study(tmp_path):
     ('extends = "smoke"\n[simulate]\ninsiders = 3\n', r"simulate\.insiders is 3.*a list"),
     ('extends = "smoke"\n[rl]\nsteps = 1\n', r"ppo\.critic_warmup_steps=1 is not possible"),
     ('extends = "smoke"\n[ppo]\nsteps = 9\n', "steps is a controlled variable"),
+    ('extends = "smoke"\n[rl]\nrewards = "ueba_think"\n', r'ueba_think.*style = "think"'),
+    ('extends = "smoke"\n[rl]\nrewards = "ueba_calibrated"\n', r"needs confidence = true"),
+    ('extends = "smoke"\nstyle = "loud"\n', "style='loud' is not possible.*'risk_first'"),
     ('extends = "smoke"\n[rl]\nseed = 7\n', r"rl\.seed .* give --seed"),
     ('extends = "smoke"\n[ppo]\nseed = 7\n', r"ppo\.seed .* give --seed"),
     ('extends = "smoke"\nmemory_limit = "lots"\n', r"memory_limit='lots'.*'1GB'"),
@@ -176,6 +179,14 @@ def test_a_longer_limit_or_another_forecast_makes_no_other_study(tmp_path):
 def test_a_profile_file_that_cannot_be_is_refused_by_file_and_field(tmp_path, text, said):
     with pytest.raises(UserError, match=rf"mine\.toml: .*{said}"):
         profile(_written(tmp_path, text))
+
+
+@pytest.mark.parametrize(("asked", "rewards"), [('style = "think"', "ueba_think"),
+                                                ("confidence = true", "ueba_calibrated")])
+def test_what_a_reward_scores_can_be_asked_for(tmp_path, asked, rewards):
+    chosen = profile(_written(
+        tmp_path, f'extends = "smoke"\n{asked}\n[rl]\nrewards = "{rewards}"\n'))
+    assert chosen.ppo.rewards == chosen.grpo.rewards == rewards
 
 
 def test_the_largest_legal_values_are_taken(tmp_path):

@@ -1,6 +1,8 @@
 """Evaluation by hand on tiny tables, against scikit-learn, and against wrong twins of itself."""
 
+import re
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -68,6 +70,62 @@ def value(metrics, name, column="value"):
 
 def evaluated(rows, **options):
     return evaluation.evaluate(*tables(rows), **{**FAST, **options})
+
+
+# ------------------------------------------------------------------ known truth
+
+def known_truth(folder, chances):
+    """Write truth/optimal.csv and return tables of six judged days of one account."""
+    labels = ["malicious", "malicious", "suspicious", "suspicious", "normal", "normal"]
+    lower = ["suspicious", "normal", "normal", "normal", "suspicious", "suspicious"]
+    days = [f"2010-07-{day:02d}" for day in range(1, 7)]
+    rows = [{"user": "U00", "day": day, "label": label, "window_id": f"U00_{day}"}
+            for day, label in zip(days, labels, strict=True)]
+    (folder / "truth").mkdir(parents=True)
+    lines = ["user,day,p_malicious,optimal_risk,lower_risk,counted"] + [
+        f"U00,{day},{p},malicious,{below},1"
+        for day, p, below in zip(days, chances, lower, strict=True)]
+    (folder / "truth" / "optimal.csv").write_text("\n".join(lines) + "\n")
+    return tables(rows)
+
+
+def test_the_best_rule_cuts_where_macro_f1_is_highest_and_below_says_what_is_visible(tmp_path):
+    _, truth, sample = known_truth(tmp_path, [0.4, 0.4, 0.5, 0.2, 0.1, 0.1])
+    best = evaluation.best_possible(tmp_path, truth, sample, split="dev").set_index("day")["risk"]
+    # From .4 on one suspicious day is called malicious; from .5 on both malicious ones are missed.
+    assert list(best) == ["malicious", "malicious", "malicious", "suspicious", "normal", "normal"]
+    metrics = evaluation.evaluate(evaluation.best_possible(
+        tmp_path, truth, sample, split="dev"), truth, sample, **FAST)
+    assert value(metrics, "macro_f1") == pytest.approx((4 / 5 + 2 / 3 + 1) / 3)
+    assert value(metrics, "pr_auc") == pytest.approx(2 / 3)
+
+
+def test_a_rule_that_is_never_wrong_reaches_one_and_a_shifted_one_does_not(tmp_path):
+    reached = {}
+    for name, chances in {"right": [0.9, 0.8, 0.1, 0.1, 0.1, 0.1],
+                          "shifted": [0.1, 0.9, 0.8, 0.1, 0.1, 0.1]}.items():
+        _, truth, sample = known_truth(tmp_path / name, chances)
+        best = evaluation.best_possible(tmp_path / name, truth, sample, split="dev")
+        metrics = evaluation.evaluate(best, truth, sample, **FAST)
+        reached[name] = value(metrics, "macro_f1"), value(metrics, "pr_auc")
+    assert reached["right"] == (1, 1) and max(reached["shifted"]) < 0.9
+
+
+def test_a_release_without_known_truth_or_without_a_judged_window_is_refused(tmp_path):
+    _, truth, sample = known_truth(tmp_path, [0.5] * 6)
+    with pytest.raises(UserError, match="Only a simulated release"):
+        evaluation.best_possible(tmp_path / "elsewhere", truth, sample, split="dev")
+    other = truth.assign(window_id=truth["window_id"].replace("U00_2010-07-03", "U01_2010-07-03"))
+    with pytest.raises(UserError, match=r"lacks windows.*U01_2010-07-03"):
+        evaluation.best_possible(tmp_path, other, sample.assign(window_id=other["window_id"]),
+                                 split="dev")
+
+
+def test_only_evaluation_reads_the_known_truth():
+    package = Path(evaluation.__file__).parents[1]
+    readers = {path.name for path in package.rglob("*.py")
+               if re.search(r"optimal\.csv|causes\.csv", path.read_text())}
+    assert readers == {"simulate.py", "evaluation.py"}, "simulate.py writes it"
 
 
 # ------------------------------------------------------------------ risk levels

@@ -50,7 +50,8 @@ def names(rows, held_out=(), **options):
 
 
 def test_a_healthy_run_raises_nothing():
-    held_out = [{"step": i, "macro_f1": 0.4 + i / 200} for i in range(10, 61, 10)]
+    held_out = [{"step": i, "macro_f1": 0.4 + i / 200, "evidence_hit_rate": 0.4}
+                for i in range(0, 61, 10)]
     assert names(curve(), held_out, num_generations=8) == []
 
 
@@ -96,7 +97,7 @@ def test_each_alarm_rings_beyond_its_threshold_and_not_before(name):
 
 
 def test_every_alarm_is_tested():
-    assert {*SICK, "hack_suspicion", "held_out_drop"} == set(ALARMS)
+    assert {*SICK, "hack_suspicion", "held_out_drop", "evidence_drop"} == set(ALARMS)
 
 
 def test_a_short_length_is_a_drift_too():
@@ -118,6 +119,33 @@ def test_a_fall_on_held_out_windows_rings_whatever_the_reward_does():
     assert names(curve(), fell) == names(curve(reward=0.1), fell) == ["held_out_drop"]
     assert alarms(curve(), fell)[0].step == 30
     assert names(curve(), [*fell[:2], {"step": 30, "macro_f1": 0.51}]) == []
+
+
+def cited(*rates):
+    """Return held-out results from step 0 on: better and better labels, these hit rates."""
+    return [{"step": 10 * i, "macro_f1": 0.6 + i / 100, "evidence_hit_rate": rate}
+            for i, rate in enumerate(rates)]
+
+
+def test_right_labels_for_wrong_reasons_ring_when_less_evidence_is_cited():
+    fell = cited(0.40, 0.30, 0.30)
+    assert [(alarm.name, alarm.step) for alarm in alarms(curve(), fell)] == [("evidence_drop", 20)]
+    assert names(curve(), cited(0.40, 0.33, 0.33)) == []
+    assert names(curve(), cited(0.40, 0.20, 0.45, 0.40)) == ["evidence_drop"]
+    assert names(curve(), cited(0.40, 0.25, 0.40)) == [], "one poor judgement is noise"
+    assert names(curve(), fell[1:]) == [], "the twin: what was cited at the start is forgotten"
+    labels_alone = [{**row, "evidence_hit_rate": 0.4} for row in fell]
+    assert names(curve(), labels_alone) == [], "the twin: macro-F1 alone sees a healthy run"
+    assert names(curve(), cited(math.nan, math.nan)) == [], "no true item, nothing to cite"
+
+
+def test_a_habit_of_citing_the_same_ids_is_told_from_one_that_was_always_there():
+    def risen(start, end):
+        return curve(**{"text/same_citation": lambda i: start if i < 30 else end})
+    assert names(risen(0.12, 0.26)) == names(risen(0.19, 0.39)) == ["same_citation"]
+    assert "at the start 12%" in alarms(risen(0.12, 0.26))[0].message
+    assert names(risen(0.12, 0.24)) == names(risen(0.20, 0.39)) == []
+    assert names(curve(**{"text/same_citation": 0.39})) == [], "the twin: a level alone"
 
 
 def test_verdicts_full_of_citations_and_fixed_ones_are_told_from_honest_ones():
@@ -211,13 +239,15 @@ class HandOver(TrainerCallback):
 
 @pytest.mark.parametrize("arm", ARM_CHANGES)
 def test_identical_runs_write_identical_bytes_and_every_key_is_defined(arm, tmp_path, caplog):
-    first = train(arm, tmp_path / "a", held_out={2: 0.4})
-    second = train(arm, tmp_path / "b", held_out={2: 0.4})
+    judged = {2: {"macro_f1": 0.4, "evidence_hit_rate": 0.3}}
+    first = train(arm, tmp_path / "a", held_out=judged)
+    second = train(arm, tmp_path / "b", held_out=judged)
     assert first.read_bytes() == second.read_bytes()
     rows = read_rows(first)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert all(list(row) == ["step", *metric_keys(arm, ["length_reward"])] for row in rows)
     assert [row["held_out/macro_f1"] for row in rows] == [None, 0.4, None, None]
+    assert [row["held_out/evidence_hit_rate"] for row in rows] == [None, 0.3, None, None]
     assert all(row["reward"] is not None and row["alarms"] is not None for row in rows)
     assert "not written" not in caplog.text, "every metric of the trainer is among the keys"
     for key in rows[0]:

@@ -395,8 +395,18 @@ def test_the_clipped_branches_of_the_policy_by_hand(ratio, advantage, loss, clip
     assert (gradient.item() == 0) is clipped
 
 
-def test_another_surrogate_would_be_noticed():
-    """The twin: without the minimum, some branches have another loss."""
+@pytest.mark.parametrize("delta, loss, clipped", [(3.0, 6.0, True), (None, 10.0, False)])
+def test_dual_clip_bounds_the_ratio_of_a_bad_token(delta, loss, clipped, tmp_path):
+    """-min(min(5, delta) A, 1.28 A) with A = -2 (Ye et al. 2020, arXiv:1912.09729)."""
+    trainer = trainer_like_trl(tmp_path, epsilon=0.2, epsilon_high=0.28, vf_coef=0.0, delta=delta)
+    found = trainer._compute_loss(trainer.model, one_token(trainer, 5.0, -2.0))
+    found.backward()
+    assert found.item() == pytest.approx(loss, abs=1e-4)
+    gradient = sum(p.grad.abs().sum() for p in trainer.model.parameters())
+    assert (gradient.item() == 0) is clipped
+
+
+def test_the_table_of_branches_tells_other_surrogates_apart():
     for wrong in (lambda r, a: -r * a, lambda r, a: -min(max(r, 0.8), 1.28) * a,
                   lambda r, a: -max(r * a, min(max(r, 0.8), 1.28) * a)):
         assert any(abs(wrong(r, a) - loss) > 0.1 for r, a, loss, _ in POLICY_BRANCHES)

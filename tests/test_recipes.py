@@ -1,6 +1,7 @@
 """Recipes: demonstrations held back as stated, runs that resume and repeat byte for byte."""
 
 import json
+import math
 import os
 import random
 import signal
@@ -10,6 +11,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -21,6 +24,7 @@ from ueba_helpers.rl.checkpoints import SEAL_FILE, is_whole, latest_checkpoint
 from ueba_helpers.rl.policies import load_policy
 from ueba_helpers.rl.rollouts import tokenize_prompts
 from ueba_helpers.rl.settings import GRPOSettings, PolicySettings, PPOSettings, SFTSettings
+from ueba_helpers.study import evaluation
 from ueba_helpers.task.verdicts import render_verdict
 
 POLICY = PolicySettings(vocab_size=512, hidden_size=32, layers=2, max_completion_tokens=16)
@@ -257,10 +261,56 @@ def test_memory_by_part_counts_tensor_bytes(tmp_path):
 
 def test_held_out_counts_are_those_of_the_table():
     found = recipes.held_out_metrics(["normal", "malicious", "suspicious", "malicious"],
-                                     ["normal", "suspicious", "invalid", "malicious"])
+                                     ["normal", "suspicious", "invalid", "malicious"],
+                                     [["e1"], ["e1", "e9"], ["e1"], ["e2"]],
+                                     [[], ["e1", "e2"], ["e1"], ["e2"]])
     assert found["accuracy"] == 0.5 and found["valid"] == 0.75
     assert found["count/malicious/suspicious"] == 1 and found["count/suspicious/invalid"] == 1
     assert found["macro_f1"] == pytest.approx((1 + 0 + 2 / 3) / 3)
+    assert found["evidence_hit_rate"] == pytest.approx((1 / 2 + 0 + 1) / 3), "invalid cites none"
+    quiet = recipes.held_out_metrics(["normal"], ["normal"], [[]], [[]])
+    assert math.isnan(quiet["evidence_hit_rate"]), "nothing was to be cited"
+
+
+def test_held_out_evidence_is_counted_as_evaluation_counts_it():
+    said = ["normal", "suspicious", "malicious", "invalid"]
+    cited = [["e1"], ["e1", "e2"], ["e2", "e9"], []]
+    truth = [[], ["e1", "e2", "e3"], ["e1", "e2"], ["e3"]]
+    labels = ["normal", "suspicious", "malicious", "malicious"]
+    ids = [f"w{i}" for i in range(4)]
+    predictions = pd.DataFrame({
+        "detector": "ppo", "seed": 0, "window_id": ids, "user": ids, "day": "2010-07-01",
+        "split": "dev", "label": labels, "risk": said, "score": 0.5,
+        "features": [["usual_hours", "usual_web"]] * 4, "evidence": cited,
+        "valid": [risk != "invalid" for risk in said], "seconds": 0.0})
+    found = recipes.held_out_metrics(labels, said, cited, truth)["evidence_hit_rate"]
+    rows = predictions.assign(evidence_truth=truth, dont_care=[[], [], ["e9"], []],
+                              feature_truth=[["usual_hours"]] * 4)
+    hits, counted = evaluation._cited_metrics(rows, np.ones(4, bool))["evidence_hit_rate"]
+    assert found == hits[counted].mean() == pytest.approx((2 / 3 + 1 / 2 + 0) / 3)
+    assert found != hits.mean(), "the twin: days without true items count as missed"
+
+
+@pytest.mark.parametrize("method", BOTH)
+def test_a_resumed_run_knows_what_the_start_cited(method, tmp_path, monkeypatch):
+    """The start's evidence stands in held_out.jsonl alone, and the fall from it rings after all."""
+    rates = iter([0.5, 0.5, 0.3, 0.3, 0.3, 0.3])
+
+    def judged(labels, *rest):
+        return {"macro_f1": 0.5, "evidence_hit_rate": next(rates)}
+    monkeypatch.setattr(recipes, "held_out_metrics", judged)
+    train(method, tmp_path, steps=6)
+    whole = (tmp_path / "metrics.jsonl").read_bytes()
+    told = [json.loads(line) for line in (tmp_path / "held_out.jsonl").open()]
+    assert [row["step"] for row in told] == [0, 2, 4, 6]
+    assert [row["evidence_hit_rate"] for row in told] == [0.5, 0.5, 0.3, 0.3]
+    rows_of = [json.loads(line) for line in whole.splitlines()]
+    assert [row["step"] for row in rows_of if "evidence_drop" in row["alarms"]] == [4]
+    (tmp_path / "checkpoints" / "checkpoint-6" / SEAL_FILE).unlink()
+    with pytest.warns(UserWarning, match="half-written"):
+        train(method, tmp_path, steps=6)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == whole
+    assert [json.loads(line) for line in (tmp_path / "held_out.jsonl").open()] == told
 
 
 @pytest.mark.parametrize("change, word", [
@@ -269,6 +319,16 @@ def test_held_out_counts_are_those_of_the_table():
 def test_rows_that_cannot_be_rewarded_are_refused(change, word, tmp_path):
     with pytest.raises(UserError, match=word):
         recipes.grpo(checkpoint(), tmp_path, change(rows()), GRPOSettings(), SETTINGS)
+
+
+@pytest.mark.parametrize(("rewards", "asked"), [("ueba_think", {"style": "think"}),
+                                                ("ueba_calibrated", {"confidence": True})])
+def test_a_reward_for_what_no_prompt_asks_for_is_refused(rewards, asked):
+    recipes._check_columns([{**row, **asked} for row in rows()], rewards)
+    recipes._check_columns(rows(), "ueba")
+    for told in (rows(), [*[{**row, **asked} for row in rows()], rows()[0]]):
+        with pytest.raises(UserError, match=f"{rewards}.*{next(iter(asked))}="):
+            recipes._check_columns(told, rewards)
 
 
 KILLED = """

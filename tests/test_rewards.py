@@ -5,18 +5,22 @@ import functools
 import itertools
 import math
 import random
+import re
 import time
 from collections import Counter
+from dataclasses import replace
 
 import datasets
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.task_windows import make_window, make_windows
 from ueba_helpers.data.windows import FEATURES
 from ueba_helpers.errors import UserError
 from ueba_helpers.task import rewards
-from ueba_helpers.task.prompts import prompt_dataset, target_verdict, without_items
+from ueba_helpers.task.prompts import ITEM_ID, prompt_dataset, target_verdict, without_items
 from ueba_helpers.task.rewards import (
     BROKEN_REWARDS,
     REWARD_SETS,
@@ -25,9 +29,9 @@ from ueba_helpers.task.rewards import (
     claims,
     composed,
     counterfactual_shift,
-    evidence_f1,
-    evidence_score,
-    feature_agreement,
+    evidence_beyond_chance,
+    evidence_credit,
+    feature_credit,
     reward_terms,
     traditional_reward,
     ueba_accuracy,
@@ -75,8 +79,8 @@ def balanced():
 def plain_evidence(completions, *, evidence_ids, evidence_truth, feature_truth, dont_care,
                    **columns):
     """Return the evidence term with the F1 alone, which chance and all items share in."""
-    return [.7 * evidence_f1(said.risk, said.evidence, truth, spared)
-            + .3 * feature_agreement(said.features, features) if said.valid else 0.0
+    return [.7 * evidence_credit(said.risk, said.evidence, truth, spared)
+            + .3 * feature_credit(said.features, features) if said.valid else 0.0
             for said, truth, spared, features in
             zip(rewards.verdicts_of(completions, evidence_ids), evidence_truth, dont_care,
                 feature_truth, strict=True)]
@@ -160,7 +164,7 @@ def best_constant(windows, terms):
     for share, oracle in zip(shares, columns["feature_truth"], strict=True):
         oracles[tuple(oracle)] += share
     found = sorted(
-        (sum(share * feature_agreement(features, oracle) for oracle, share in oracles.items()),
+        (sum(share * feature_credit(features, oracle) for oracle, share in oracles.items()),
          features)
         for k in (2, 3, 4) for features in itertools.combinations(FEATURES, k))
     times = Counter(claim for lines, truth in zip(columns["item_text"], columns["evidence_truth"],
@@ -321,15 +325,15 @@ def test_columns_survive_a_datasets_table(balanced):
     ("normal", [], [], [], 1), ("normal", ["e1"], [], [], 0), ("normal", ["e1"], [], ["e1"], 1),
     ("suspicious", [], [], [], 0), ("malicious", [], [], [], 0),
 ])
-def test_evidence_f1_by_hand(said, cited, truth, dont_care, value):
-    assert evidence_f1(said, cited, truth, dont_care) == pytest.approx(value)
+def test_evidence_credit_by_hand(said, cited, truth, dont_care, value):
+    assert evidence_credit(said, cited, truth, dont_care) == pytest.approx(value)
 
 
 def test_citing_more_than_the_truth_costs_and_precision_alone_would_not_notice():
     truth = ["e1", "e2", "e3"]
     one, right, all_of_them = ["e1"], truth, [f"e{i}" for i in range(1, 9)]
-    assert evidence_f1("malicious", right, truth) > max(
-        evidence_f1("malicious", one, truth), evidence_f1("malicious", all_of_them, truth))
+    assert evidence_credit("malicious", right, truth) > max(
+        evidence_credit("malicious", one, truth), evidence_credit("malicious", all_of_them, truth))
 
     def precision(cited):  # the twin: one safe citation is as good as all
         return len(set(cited) & set(truth)) / len(cited)
@@ -343,21 +347,22 @@ def test_citing_by_chance_or_everything_pays_nothing():
     for truth, spared in itertools.product((["e5"], ["e2", "e5"], SHOWN[:3], SHOWN[2:7]),
                                            ([], ["e8"])):
         def score(cited, truth=truth, spared=spared):
-            return evidence_score("malicious", cited, truth, SHOWN, spared)
+            return evidence_beyond_chance("malicious", cited, truth, SHOWN, spared)
         assert score(SHOWN) <= 0 == score([])
         assert score(truth) == score(truth[:3]) == 1
         for k in (1, 2, 3, 4):  # a blind draw of k items, over all draws
             draws = list(itertools.combinations(SHOWN, k))
             assert np.mean([score(cited) for cited in draws]) <= 0.05
-            f1 = [evidence_f1("malicious", cited, truth, spared) for cited in draws]
+            f1 = [evidence_credit("malicious", cited, truth, spared) for cited in draws]
             assert np.mean(f1) > .1  # the twin: the plain F1 pays blind draws
 
 
 def test_each_true_item_raises_the_score_and_each_false_one_lowers_it():
     truth = ["e2", "e4", "e7"]
     innocent = [name for name in SHOWN if name not in truth]
-    grid = np.array([[evidence_score("malicious", truth[:hits] + innocent[:false], truth, SHOWN)
-                      for false in range(5)] for hits in range(4)])
+    grid = np.array([[
+        evidence_beyond_chance("malicious", truth[:hits] + innocent[:false], truth, SHOWN)
+        for false in range(5)] for hits in range(4)])
     assert (np.diff(grid, axis=0) > 0).all() and grid.max() == grid[3, 0] == 1
     assert (np.diff(grid, axis=1) < 0).all() and -1 <= grid.min() < 0
     clipped = np.maximum(grid, 0)  # the twin: without negative values guessing costs nothing
@@ -365,18 +370,19 @@ def test_each_true_item_raises_the_score_and_each_false_one_lowers_it():
 
 
 def test_where_nothing_can_be_told_apart_the_f1_stands():
-    assert evidence_score("malicious", ["e1", "e2"], ["e1", "e2"], ["e1", "e2"]) == 1
-    assert evidence_score("malicious", ["e1"], ["e1", "e2"], ["e1", "e2"]) == pytest.approx(2 / 3)
-    assert evidence_score("malicious", ["e1"], ["e1"], ["e1", "e2"], ["e2"]) == 1
-    assert evidence_score("normal", [], [], ["e1"]) == 1
-    assert evidence_score("normal", ["e1"], [], ["e1"]) == 0
-    assert evidence_score("suspicious", [], [], ["e1"]) == 0
+    both = ["e1", "e2"]
+    assert evidence_beyond_chance("malicious", both, both, both) == 1
+    assert evidence_beyond_chance("malicious", ["e1"], both, both) == pytest.approx(2 / 3)
+    assert evidence_beyond_chance("malicious", ["e1"], ["e1"], ["e1", "e2"], ["e2"]) == 1
+    assert evidence_beyond_chance("normal", [], [], ["e1"]) == 1
+    assert evidence_beyond_chance("normal", ["e1"], [], ["e1"]) == 0
+    assert evidence_beyond_chance("suspicious", [], [], ["e1"]) == 0
 
 
 def test_a_day_called_normal_earns_nothing_for_what_it_cites():
     said = parse_verdict(verdict("normal", ["e3"], basis="e3 22:14"), list(LINES))
-    assert evidence_score("normal", ["e3"], ["e3"], list(LINES)) == 0
-    assert evidence_score("normal", ["e8"], ["e3"], list(LINES)) < 0
+    assert evidence_beyond_chance("normal", ["e3"], ["e3"], list(LINES)) == 0
+    assert evidence_beyond_chance("normal", ["e8"], ["e3"], list(LINES)) < 0
     assert basis_support(said, LINES, ["e3"]) == 0
     alarm = parse_verdict(verdict("malicious", ["e3"], basis="e3 22:14"), list(LINES))
     assert basis_support(alarm, LINES, ["e3"]) == 1  # the twin
@@ -385,10 +391,10 @@ def test_a_day_called_normal_earns_nothing_for_what_it_cites():
 def test_what_is_odd_weighs_more_than_what_is_usual():
     oracle = ["leak_site", "after_hours_logon", "usual_mail"]
     odd, usual = oracle[:2], ["usual_mail", "usual_hours"]
-    assert feature_agreement(odd, oracle) == pytest.approx(2 * 2 / (2 + 2.25))
-    assert feature_agreement(usual, oracle) == pytest.approx(2 * .25 / (.5 + 2.25))
-    assert feature_agreement(["hacking_tool", "mass_mail"], oracle) == 0
-    assert feature_agreement(CALM, []) == 0
+    assert feature_credit(odd, oracle) == pytest.approx(2 * 2 / (2 + 2.25))
+    assert feature_credit(usual, oracle) == pytest.approx(2 * .25 / (.5 + 2.25))
+    assert feature_credit(["hacking_tool", "mass_mail"], oracle) == 0
+    assert feature_credit(CALM, []) == 0
     plain = [len(set(said) & set(oracle)) / len(said) for said in (["leak_site", "mass_mail"],
                                                                    usual)]
     assert plain[0] == plain[1]  # the twin: an unweighted share cannot tell them apart
@@ -404,6 +410,12 @@ def test_the_evidence_term_adds_citations_and_features(balanced):
     assert ueba_evidence([verdict("malicious", truth, calm)], **columns) == [pytest.approx(.7)]
     columns.pop("dont_care")
     assert ueba_evidence([verdict("malicious", truth, features)], **columns) == [pytest.approx(1)]
+
+
+def test_the_hit_rate_reads_the_arrays_of_a_parquet_file_too():
+    for make in (list, tuple, np.array):
+        assert rewards.evidence_hit_rate(make(["e1", "e2"]), make(["e1", "e3"])) == 1 / 2
+        assert math.isnan(rewards.evidence_hit_rate(make(["e1"]), make([])))
 
 
 # --- basis ---
@@ -431,11 +443,38 @@ LINES = {"e3": "e3 22:14-22:40 device pc2 x2 new_pc", "e7": "e7 23:10 file pc2 x
     ([], ["e3"], "nothing unusual.", 0),
     (["e3"], ["e3"], "e3 22:14 device pc2; 03:33:33", 2 / 3),  # no time of ours, and a claim still
     (["e3"], ["e3"], "e3 22:14 device; 99% of -4321 files", 1 / 3),
-    (["e3"], ["e3"], "e7 22:14 device; e99", 1 / 3),  # ids that it does not cite
+    (["e3"], ["e3"], "e3 22:14 device; e7, e99", 1 / 3),  # ids that it does not cite
+    (["e3"], ["e3"], "e7 22:14 device", 0),  # and what is said of one is said of no other
+    (["e3", "e7"], ["e3", "e7"], "e3 23:10 device; e7 22:14 file.", 0),  # each other's times
+    (["e3", "e7"], ["e3", "e7"], "e3 22:14 file; e7 23:10 device.", 1 / 2),  # and kinds
+    (["e3"], ["e3"], "e3 22:14 http pc2.", 2 / 3), (["e3"], ["e3"], "e3 22:14 pc2 HTTP", 2 / 3),
+    (["e3"], ["e3"], "at 22:14 a device", 1), (["e3"], ["e3"], "at 22:14 an email", 1 / 2),
+    (["e3", "e7"], ["e3", "e7"], "22:14 and 23:10 on pc2: e3, e7", 1),  # of no one in particular
+    (["e3", "e7"], ["e3", "e7"], "e3 22:14 e7 23:10 e3 x2", 1),  # e3 is taken up again
 ])
 def test_basis_support_by_hand(cited, truth, basis, value):
     said = parse_verdict(verdict("malicious", cited, basis=basis), list(LINES))
     assert basis_support(said, LINES, truth) == pytest.approx(value)
+
+
+def pooled_support(said, lines, truth, dont_care=()):
+    """Return the support of a basis with its ids left out: what it states is stated of no item."""
+    without = replace(said, basis=re.sub(rf"\b{ITEM_ID}\b|\b[a-z]+\b", " ", said.basis))
+    return basis_support(without, lines, truth, dont_care)
+
+
+def test_times_and_kinds_count_for_the_item_they_follow_only():
+    for basis in ("e3 23:10; e7 22:14", "e3 22:14 file; e7 23:10 device"):
+        said = parse_verdict(verdict("malicious", ["e3", "e7"], basis=basis), list(LINES))
+        assert basis_support(said, LINES, ["e3", "e7"]) < 1
+        assert pooled_support(said, LINES, ["e3", "e7"]) == 1  # the twin: a bag of numbers
+
+
+@given(st.text("e137x:.-%pc 24;,", max_size=40))
+@settings(max_examples=300, deadline=None)
+def test_no_claim_of_a_basis_is_lost_or_made_by_its_ids(basis):
+    told = [named for named, _ in rewards.attributed(basis).values()]
+    assert frozenset().union(*told) == claims(basis)
 
 
 def test_the_share_of_supported_claims_alone_would_pay_false_citations_and_lone_hosts():
@@ -706,6 +745,23 @@ def test_overconfidence_costs_where_confidence_is_scored(table):
     assert table["over_confidence"]["ueba_calibrated"] < table[HONEST]["ueba_calibrated"]
 
 
+def test_saying_of_an_item_what_is_true_of_another_costs(balanced, table, monkeypatch):
+    pooled = (*REWARD_SETS["ueba"][:3], (pooled_basis, .1))
+    monkeypatch.setitem(REWARD_SETS, "pooled", pooled)
+    rows = prompt_dataset(balanced)
+    bag = {row["name"]: row["pooled"] for row in zoo_table(rows, reward_sets=("pooled",))}
+    for name in ("swapped_reasons", "wrong_kinds"):
+        assert table[name]["ueba"] < table[HONEST]["ueba"] and table[name]["valid"] == 1
+        assert bag[name] == bag[HONEST]  # the twin: a bag of numbers pays for both
+
+
+def pooled_basis(completions, *, evidence_ids, evidence_truth, item_text, dont_care, **columns):
+    return [pooled_support(said, lines, truth, spared) if said.valid else 0.0
+            for said, lines, truth, spared in
+            zip(rewards.verdicts_of(completions, evidence_ids), item_text, evidence_truth,
+                dont_care, strict=True)]
+
+
 def test_the_right_label_with_wrong_reasons_earns_less_than_with_right_ones(balanced):
     rows = [row for row in prompt_dataset(balanced) if row["label"] != "normal"]
     right = [target_verdict(w) for w in balanced if w.risk != "normal"]  # truly right labels
@@ -722,7 +778,8 @@ def test_animals_see_nothing_of_the_truth_but_a_borrowed_label(balanced):
     blind = [{**row, "evidence_truth": [], "feature_truth": [], "dont_care": []} for row in rows]
     changed = {name for name in (HONEST, *ZOO)
                if zoo_completions(rows, name) != zoo_completions(blind, name)}
-    assert changed == {HONEST, "over_confidence", "wrong_reasons"}
+    assert changed == {HONEST, "over_confidence", "swapped_reasons", "wrong_kinds",
+                       "wrong_reasons"}
 
 
 # --- detectors ---

@@ -531,6 +531,38 @@ def test_night_workers_begin_before_the_day_as_often_as_insiders_do(plans):
         assert (end < counts["start"])[before].all() and (counts["late_seconds"] > 0)[before].all()
 
 
+def weekend_shares(plans):
+    """Return the weekend's share of scenario 1's labelled nights, that of nights of people who
+    have weekends off, and that of all user-days."""
+    nights, off, everything = np.zeros((3, 2))
+    for settings, cast, plan in plans:
+        weekend = np.array([(settings.start + timedelta(days=day)).weekday() >= 5
+                            for day in range(settings.days)])
+        for incident in cast.incidents:
+            labelled = plan.labelled["late"][incident.user]
+            found = labelled[weekend].sum(), labelled.sum()
+            nights += found
+            if not cast.habits["weekend"][incident.user]:
+                off += found
+        everything += plan.present[:, weekend].sum(), plan.present.sum()
+    return [share[0] / share[1] for share in (nights, off, everything)]
+
+
+def test_nights_of_scenario_1_fall_at_weekends_as_often_as_other_work():
+    def plans(weekend_night):
+        settings = simulate._checked(300, 150, 0, (60, 0, 0), 0.3, 0.0, "few", None, 0.1)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(simulate, "_WEEKEND_NIGHT", weekend_night)
+            for seed in range(12):
+                cast = simulate._cast(settings, seed)
+                yield settings, cast, simulate._plan(settings, cast, seed)
+
+    nights, off, everything = weekend_shares(plans(simulate._WEEKEND_NIGHT))
+    assert 0.01 < everything < 0.04 and 0.5 < nights / everything < 2
+    assert off > 0.005
+    assert weekend_shares(plans(0.0))[1] < 0.005, "the twin: who has weekends off stays at home"
+
+
 def test_the_second_day_of_scenario_3_ends_in_the_late_afternoon_or_evening(plans):
     begun = np.concatenate([
         [plan.counts["late_start"][i.user, i.end] for i in cast.incidents if i.scenario == 3]

@@ -8,6 +8,7 @@ import zlib
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier
 
 from ueba_helpers.data import cert, splits, windows
@@ -371,7 +372,7 @@ def test_too_few_insiders_are_said_to_be_not_judged(simulated):
     table, assignment, store = simulated
     assert table.loc[table["malicious_insider"], "user"].nunique() <= 5
     result = checks(table, assignment, store=store)
-    for name in ("metadata says nothing", "account name says nothing", "past_days says nothing",
+    for name in ("metadata says nothing", "account name says nothing",
                  "role says nothing: scenarios 1 and 2",
                  *(f"weekend says nothing: scenario {k}" for k in (1, 2, 3))):
         assert result.loc[name, "outcome"] == "not judged" and np.isnan(result.loc[name, "got"])
@@ -629,12 +630,47 @@ def test_roles_that_scenarios_1_and_2_never_have_are_found(table):
     assert splits._roles(told, 0)["outcome"] == "failed"
 
 
-def test_a_history_whose_length_tells_the_label_is_found(table):
-    assert splits._past_days(table)["outcome"] == "passed"
-    assert splits._past_days(table)["got"] == 0.5
+def calendar(table):
+    rows = splits._calendar(table)
+    assert [row["check"].rpartition(" before ")[2] for row in rows] == [
+        "the middle", "the first label"]
+    return [row["outcome"] for row in rows], " ".join(row["detail"] for row in rows)
+
+
+def test_a_number_about_the_past_that_grows_with_the_calendar_is_found(table):
+    outcomes, _ = calendar(table)
+    assert outcomes == ["passed", "passed"]
+    sorted_days = table.sort_values(["user", "day"])
+    since_ever = sorted_days.groupby("user")["n_file"].cumsum()
+    for name in ("past_pcs", "past_device", "week_files"):
+        outcomes, detail = calendar(sorted_days.assign(**{name: since_ever}))
+        assert outcomes == ["failed", "failed"] and f"of {name}," in detail
+        outcomes, _ = calendar(sorted_days.assign(**{name: 100 - since_ever}))
+        assert outcomes == ["failed", "failed"], "one that falls tells as much"
+
+
+def test_days_without_a_full_history_would_tell_that_they_are_early(table):
     everything = table.assign(ignore=False, past_days=(
         pd.to_datetime(table["day"]) - pd.Timestamp("2010-03-01")).dt.days.clip(upper=30))
-    assert splits._past_days(everything)["outcome"] == "failed"
+    outcomes, detail = calendar(everything)
+    assert outcomes == ["failed", "failed"] and "of past_days," in detail
+
+
+def test_growth_that_few_accounts_show_is_not_judged(table):
+    few = table[table["user"].isin(["BEN0000", "BEN0001", "BEN0002", "INS0000"])]
+    assert calendar(few)[0] == ["not judged", "not judged"]
+
+
+def test_areas_within_accounts_equal_scikit_learns(table):
+    few = table[table["user"].isin(["BEN0000", "BEN0001"])].sort_values("window_id")
+    few = few.assign(n_file=few["n_file"].round(), flat=1.0)
+    later = (pd.to_datetime(few["day"]) >= "2010-03-20").to_numpy()
+    areas = splits._areas_within(few["user"], few[["n_file", "n_http", "flat"]], later)
+    for user, rows in few.groupby("user"):
+        for name in ("n_file", "n_http"):
+            expected = roc_auc_score(later[(few["user"] == user).to_numpy()], rows[name])
+            assert areas.loc[user, name] == pytest.approx(expected)
+    assert areas["flat"].isna().all(), "what never varies tells nothing"
 
 
 def test_a_day_without_a_full_history_is_neither_trained_nor_judged_on(table):

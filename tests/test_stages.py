@@ -1,6 +1,8 @@
 """Stages: samples that keep splits apart, rows that match their windows, complete runs reused."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -29,10 +31,44 @@ def test_training_and_judged_windows_share_no_account(study):
     assert trained["cold"] & trained["all"], "the same comparison can find a shared account"
 
 
+def test_prompts_and_demonstrations_have_what_the_profile_asks_for(study, monkeypatch):
+    from ueba_helpers.task.verdicts import parse_verdict
+
+    asking = dataclasses.replace(study.profile, style="think", confidence=True)
+    for chosen, asked in ((asking, True), (study.profile, False)):
+        other = dataclasses.replace(study, profile=chosen)
+        monkeypatch.setitem(vars(other), "home", study.home)
+        shown = other.demonstrations("cold", SFTSettings(downgrade=0.4))
+        for row in shown:
+            told = row["prompt"][0]["content"]
+            assert ("<think>" in told) == ("confidence" in told) == asked
+            assert (row["style"] == "think") == row["confidence"] == asked
+            said = parse_verdict(row["completion"], row["evidence_ids"], think=asked)
+            assert said.valid and (said.confidence is not None) == asked
+    honest = [parse_verdict(row["completion"], row["evidence_ids"], think=True)
+              for row in dataclasses.replace(study, profile=asking).demonstrations(
+                  "cold", SFTSettings())]
+    assert {verdict.confidence for verdict in honest} == {1.0}
+
+
 def test_dev_and_test_samples_share_no_account(study):
     users = study.windows.set_index("window_id")["user"]
     dev, test = (set(users[study.sample(split)["window_id"]]) for split in stages.SPLITS)
     assert dev and test and not dev & test
+
+
+def test_the_ceiling_is_that_of_the_judged_days_and_a_given_store_has_none(study):
+    simulated = json.loads(next(Path(study.runs).glob("data/*/simulation.json")).read_text())
+    assert simulated["parameters"]["history_days"] == study.profile.windows.history_days == 15
+    for split in stages.SPLITS:
+        best = study.best_possible(split=split)
+        assert set(best["window_id"]) == set(study.sample(split)["window_id"])
+    known = pd.read_csv(next(Path(study.runs).glob("data/*/truth/optimal.csv")))
+    counted = set((known["user"] + "_" + known["day"])[known["counted"] == 1])
+    table = study.windows
+    assert counted == set(table.loc[~(table["ignore"] | table["precursor"]), "window_id"])
+    given = stages.Study(study.profile, 0, str(study.home / "store"), study.runs)
+    assert given.best_possible() is None
 
 
 def test_no_precursor_or_ignored_day_is_trained_on(study):
@@ -111,8 +147,9 @@ def test_seeds_of_one_release_judge_the_same_days_of_the_same_people(study, tmp_
     assert not splits.assign(users, seed=1).equals(split[1]), "the twin: a split by seed differs"
 
 
-def test_the_watched_days_are_spread_over_accounts(study):
-    sample = study.sample("dev")
+def test_the_watched_days_are_spread_over_accounts(study, monkeypatch):
+    sample = pd.concat([study.sample(split) for split in stages.SPLITS])  # more accounts than dev
+    monkeypatch.setattr(stages.Study, "sample", lambda self, split: sample)
     judged = set(sample.loc[sample["headline"], "window_id"])
     table = study.windows[study.windows["window_id"].isin(judged)].sort_values("window_id")
     accounts = table.groupby("risk")["user"].nunique()

@@ -477,6 +477,83 @@ def test_a_reward_model_that_goes_wrong_is_named(value, tmp_path):
             trainer.train()
 
 
+async def slow_reward(completions, **kwargs):
+    return length_reward(completions)
+
+
+def plain(dataset):
+    """Return the dataset with prompts of text in place of messages."""
+    return dataset.map(lambda row: {"prompt": row["prompt"][0]["content"]})
+
+
+@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("changes", [
+    {"plain": True}, {"reward": slow_reward}, {"reward": [length_reward, constant_reward],
+                                               "reward_weights": [0.5, 2.0]},
+    {"log_completions": True, "num_completions_to_print": 1}, {"eval_strategy": "steps"},
+    {"steps_per_generation": 2, "per_device_train_batch_size": 8}, {"num_iterations": 2},
+    {"delta": 3.0}, {"importance_sampling_level": "sequence", "loss_type": "grpo"},
+    {"mask_truncated_completions": True}, {"top_p": 0.9}, {"loss_type": "dr_grpo"},
+    {"vllm_mode": "server", "vllm_server_port": 1}], ids=lambda changes: next(iter(changes)))
+def test_what_trl_accepts_trains(changes, arm, tmp_path):
+    changes = dict(changes)
+    text, judged = changes.pop("plain", False), "eval_strategy" in changes
+    if judged:
+        changes |= {"eval_steps": 1, "per_device_eval_batch_size": 4, "num_generations_eval": 2}
+    trainer_class, config_class = ARMS[arm]
+    base, tokenizer = policy()
+    data = plain(prompts()) if text else prompts()
+    settings = {"output_dir": str(tmp_path), "max_steps": 2, "per_device_train_batch_size": 16,
+                "num_generations": 4, "max_completion_length": 3, "learning_rate": 1e-2,
+                "disable_tqdm": True, "save_strategy": "no", "seed": 3, **changes}
+    reward = settings.pop("reward", length_reward)
+    trainer = trainer_class(base, reward, config_class(**settings), data,
+                            data.select(range(4)) if judged else None, tokenizer)
+    trainer.remove_callback(PrinterCallback)
+    before = flat(trainer.model)
+    trainer.train()
+    assert not torch.equal(before, flat(trainer.model))
+    rewards = history(trainer, "reward")
+    shared = {"steps_per_generation", "num_iterations"} & set(changes)  # one rollout, two steps
+    assert len(rewards) == (1 if shared else 2) and all(0 <= value <= 2.4 for value in rewards)
+    assert len(history(trainer, "eval_reward")) == (2 if judged else 0)
+
+
+def kl_gradient_by_hand(found, trainer, rollout, mask):
+    """Of k3 times the ratio, at a ratio of one: the mean of (log p - log r) grad log p."""
+    ids = torch.cat([rollout["prompt_ids"], rollout["completion_ids"]], 1)
+    attention = torch.cat([rollout["prompt_mask"], rollout["completion_mask"]], 1)
+    log_policy = trainer._get_per_token_logps_and_entropies(trainer.model, ids, attention,
+                                                            mask.size(1))[0]
+    with torch.no_grad():
+        distance = log_policy - trainer._rollout_log_probs(trainer._reference, rollout)
+    trainer.model.zero_grad()
+    (trainer.beta * (distance * log_policy * mask).sum() / mask.sum()).backward()
+    expected = torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
+    assert expected.norm() > 1e-3
+    assert ((found - expected).norm() / expected.norm()).item() < 1e-4
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_the_kl_in_the_loss_has_the_gradient_of_the_kl(arm, tmp_path):
+    def found(**changes):
+        trainer = make(arm, tmp_path, kl_coef=0.3, kl_placement="loss", **changes)
+        with torch.no_grad():  # the reference is what the policy was
+            for p in trainer.model.parameters():
+                p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+        trainer.current_gradient_accumulation_steps = 1
+        rollout = rollout_of(trainer)
+        rollout["advantages"] = 0 * rollout["advantages"]
+        trainer.model.zero_grad()
+        trainer._compute_loss(trainer.model, rollout).backward()
+        gradient = torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
+        return gradient, trainer, rollout, rollout["completion_mask"].float()
+
+    kl_gradient_by_hand(*found())
+    with pytest.raises(AssertionError):
+        kl_gradient_by_hand(*found(use_bias_correction_kl=False))
+
+
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.5])
 def test_the_policy_loss_is_logged_without_the_entropy_bonus(entropy_coef, tmp_path):
     trainer = make("grpo", tmp_path, steps=1, entropy_coef=entropy_coef)

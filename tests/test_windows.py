@@ -273,12 +273,37 @@ def test_past_and_week_columns_equal_a_plain_python_count_of_strictly_earlier_da
     np.testing.assert_allclose(got, expected.astype(float), atol=1e-9)
     missing = set(PAST_FEATURES + WEEK_FEATURES) - set(expected.columns)
     assert missing == {"past_pcs"}
-    assert row_of(world["table"], "YYY0006", 49)["past_pcs"] == 1
-    assert row_of(world["table"], "YYY0006", 51)["past_pcs"] == 2
 
     twin = by_hand(table, include_today=True)
     with pytest.raises(AssertionError):
         np.testing.assert_allclose(got, twin.loc[got.index].astype(float), atol=1e-9)
+
+
+def pcs_by_hand(world, table, history_days):
+    """Different PCs of logons and drives on the last `history_days` active days, by window."""
+    used = {}
+    for log in ("logon", "device"):
+        for moment, row in world["release"].rows[log]:
+            used.setdefault((row[2], moment.date()), set()).add(row[3])
+    found = {}
+    for user, days in table.sort_values("day").groupby("user"):
+        days = [day.date() for day in pd.to_datetime(days["day"])]
+        for i, day in enumerate(days):
+            past = days[max(0, i - history_days):i]
+            found[f"{user}_{day}"] = len(set().union(*(used.get((user, d), ()) for d in past)))
+    return pd.Series(found)
+
+
+def test_pcs_of_the_past_are_those_of_the_history_and_no_older_ones(world):
+    table = windows.behaviour(world["store"], history_days=5, min_history=3, threads=1)
+    got = table.set_index("window_id")["past_pcs"]
+    expected = pcs_by_hand(world, table, 5)
+    assert set(expected) == {0, 1, 2}
+    assert (got == expected.reindex(got.index)).all()
+    assert row_of(table, "YYY0006", 51)["past_pcs"] == 2
+    assert row_of(table, "AAA0001", 56)["past_pcs"] == 1
+    everything = pcs_by_hand(world, table, 10**6)
+    assert not (got == everything.reindex(got.index)).all(), "the twin: all earlier days"
 
 
 def test_history_is_the_last_history_days_active_days(world):

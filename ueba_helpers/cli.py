@@ -114,6 +114,8 @@ def _parser() -> argparse.ArgumentParser:
     ingest.add_argument("--allow-empty", action="store_true", help="accept a log without rows")
     ingest.add_argument("--allow-truncated", action="store_true",
                         help="put a last row that is cut into quarantine, instead of stopping")
+    ingest.add_argument("--allow-partial", action="store_true",
+                        help="read logs that lack events of the answer key, instead of stopping")
     ingest.add_argument("--json", action="store_true", help="print the manifest as JSON")
 
     estimate = _command(commands, "estimate", _estimate, "say how long a profile will take and "
@@ -334,7 +336,8 @@ def _ingest(options: argparse.Namespace) -> int:
         manifest = ingest(options.folder, options.out, memory_limit=options.memory_limit,
                           threads=options.threads, max_quarantine_share=options.max_bad,
                           allow_empty=options.allow_empty,
-                          allow_truncated=options.allow_truncated, progress=progress.tick)
+                          allow_truncated=options.allow_truncated,
+                          allow_partial=options.allow_partial, progress=progress.tick)
     finally:
         progress.clear()
     if before not in (None, written.read_bytes()):

@@ -6,12 +6,13 @@ Goes out: a store folder, `events/<log>/bucket=NN/*.parquet` sorted by account a
 tables, `quarantine.csv` with file, line, reason and the first columns of every refused row, and
 `manifest.json`, written last. `Store` opens it.
 Refuses: other releases (recognised by header and named), wrong or missing headers, empty logs, a
-file that ends within a row, and a log of which more than a stated share of rows is bad. Page and
-message texts (`content`) are never stored, nor whole URLs. What is kept of a bad row ends before
-the first column of text, addresses or URLs, at 80 characters; a line that is no row at all is cut
-as if it were one, so 80 characters of stray text may stay. Of a page, its host, the topic its URL
-names (decoded) and a category are kept. The category is the page's only flag; r4.2 has no column
-that tells an upload from a visit.
+file that ends within a row, and a log of which more than a stated share of rows is bad, or many
+events of the answer key are missing.
+Page and message texts (`content`) are never stored, nor whole URLs. What is kept of a bad row ends
+before the first column of text, addresses or URLs, at 80 characters; a line that is no row at all
+is cut as if it were one, so 80 characters of stray text may stay. Of a page, its host, the topic
+its URL names (decoded) and a category are kept. The category is the page's only flag; r4.2 has no
+column that tells an upload from a visit.
 
 How it stays exact and small. Bytes are cut into lines and fields here, with NumPy, because r4.2 has
 no quotes and no embedded commas: a line with a quote, a control character, bytes that are not UTF-8
@@ -903,7 +904,7 @@ def recognise(release: Path | str) -> str:
 
     Raises `UserError` that names the release seen and what differs for r1, r2, r3, r5 and r6, and
     the file and the expected header for anything else. r4.1 has the same headers; it is told from
-    r4.2 by the folder's name here, and by the answer key once its events are read.
+    r4.2 by the folder's name here, and by the answer key once its first log is read.
     """
     release = Path(release)
     with _mendable(release, ""):
@@ -1026,6 +1027,8 @@ class _Ingest:
         self.warnings = list(found.warnings)
         self.sources: dict[str, dict] = {}
         self.left_out: list[str] = []
+        self.lost: dict[str, int] = {}  # rows of the key without an equal event, by log
+        self.differing: list[dict] = []
         self.connection.execute("SET preserve_insertion_order = false")
         # Each thread holds this many rows back for each part; the default fills the memory.
         self.connection.execute("SET partitioned_write_flush_threshold = 20000")
@@ -1461,7 +1464,7 @@ class _Ingest:
             ).fetchall()[0]
         if without:
             self.warnings.append(f"{without} users of the logs are in no LDAP month")
-        unmatched, differing = self.unmatched(logs, answers)
+        unmatched, differing = self.unmatched(answers)
         insiders = {str(scenario): count for scenario, count in scenarios}
         days = {"account": account, "insider": insider}
         real = self.compare_with_real(logs, insiders, days)
@@ -1505,67 +1508,80 @@ class _Ingest:
             "warnings": self.warnings,
         }
 
-    def unmatched(self, logs: dict, answers: str) -> tuple[dict[str, int], list[dict]]:
-        """Compare the key's rows with the stored events in id, date, user and pc; warn.
+    def compare_with_key(self, name: str, quarantined: int) -> None:
+        """Compare the key's rows of one log with its stored events in id, date, user and pc.
 
-        Raises `UserError` where more than 5 % of the key's rows of a log that is there, and more
-        than five of them, have no equal event: r4.1, and r3 without email, have r4.2's headers and
-        pass until here.
-        Returns how many have no equal event, by log; and of those whose id is there with another
-        date, user or pc, the first `MAX_DIFFERING`, as {log, insider, id, key, event}.
+        Notes how many have no equal event, and of those whose id is there with another date, user
+        or pc, each as {log, insider, id, key, event}.
+        Raises `UserError` where more than 5 % of them, and more than five, have no equal event:
+        r4.1, and r3 without email, have r4.2's headers and pass until here. Called as soon as a log
+        is read, so that hours of web pages are not read in vain.
         """
         execute = self.connection.execute
-        execute(f"CREATE OR REPLACE TEMP TABLE key AS SELECT * FROM {answers}")
-        missing = dict(execute("SELECT log, count(*) FROM key GROUP BY log").fetchall())
-        missing = {name: missing[name] for name in LOGS if name in missing}
-        absent, differing = dict(missing), []
+        execute(
+            "CREATE OR REPLACE TEMP TABLE key AS SELECT * FROM"
+            f" read_parquet({_quote(self.folder / 'answers.parquet')}) WHERE log = '{name}'"
+        )
+        events = self.folder / "events" / name
+        if not any(events.glob("*/*.parquet")):
+            return
         equal = " AND ".join(f"e.{column} = k.{column}" for column in _EVENT_HEADER)
-        for name in missing:
-            if not logs.get(name, {}).get("stored"):
-                continue
-            # The events of the key's ids first: joined the other way round, all would be held.
-            execute(
-                "CREATE OR REPLACE TEMP TABLE known AS SELECT id, date, user, pc FROM"
-                f" {_parquet(self.folder / 'events' / name / '*')}"
-                f" WHERE id IN (SELECT id FROM key WHERE log = '{name}')"
+        # The events of the key's ids first: joined the other way round, all would be held.
+        execute(
+            "CREATE OR REPLACE TEMP TABLE known AS SELECT id, date, user, pc FROM"
+            f" {_parquet(events / '*')} WHERE id IN (SELECT id FROM key)"
+        )
+        execute(
+            "CREATE OR REPLACE TEMP TABLE lost AS SELECT * FROM key AS k"
+            f" WHERE NOT EXISTS (SELECT 1 FROM known AS e WHERE {equal})"
+        )
+        rows = execute(
+            "SELECT k.insider, k.id, concat_ws(' ', k.date, k.user, k.pc),"
+            " concat_ws(' ', e.date, e.user, e.pc)"
+            " FROM lost AS k JOIN known AS e USING (id) ORDER BY k.insider, k.date, k.id"
+        ).fetchall()
+        of_key, lost = self.count("key"), self.count("lost")
+        unexplained = lost - quarantined
+        if (unexplained > max(FEW_UNMATCHED, MOST_UNMATCHED * of_key)
+                and not self.options["allow_partial"]):
+            raise UserError(
+                f"{self.found.logs[name].path}: {lost:,} of the {of_key:,} rows that"
+                f" the answer key has of this log have no equal event in it"
+                ": these logs are not of the release that the key belongs to, or only a part of"
+                " it. r4.1 and r3 look like r4.2 from outside. Point at the folder of r4.2,"
+                f" copy its {self.found.logs[name].path.name} and answers again,"
+                f" {_or_else('--allow-partial')}"
             )
-            execute(
-                f"CREATE OR REPLACE TEMP TABLE lost AS SELECT * FROM key AS k WHERE log = '{name}'"
-                f" AND NOT EXISTS (SELECT 1 FROM known AS e WHERE {equal})"
-            )
-            rows = execute(
-                "SELECT k.insider, k.id, concat_ws(' ', k.date, k.user, k.pc),"
-                " concat_ws(' ', e.date, e.user, e.pc)"
-                " FROM lost AS k JOIN known AS e USING (id) ORDER BY k.insider, k.date, k.id"
-            ).fetchall()
-            of_key, missing[name] = missing[name], self.count("lost")
-            unexplained = missing[name] - logs[name].get("quarantined", 0)
-            if unexplained > max(FEW_UNMATCHED, MOST_UNMATCHED * of_key):
-                raise UserError(
-                    f"{self.found.logs[name].path}: {missing[name]:,} of the {of_key:,} rows that"
-                    f" the answer key has of this log have no equal event in it"
-                    ": these logs are not of the release that the key belongs to, or only a part of"
-                    " it. r4.1 and r3 look like r4.2 from outside. Point at the folder of r4.2, or"
-                    f" copy its {self.found.logs[name].path.name} and answers again."
-                )
-            absent[name] = missing[name] - len(rows)
-            differing += [
-                {"log": name, "insider": insider, "id": identity, "key": key, "event": event}
-                for insider, identity, key, event in rows[: MAX_DIFFERING - len(differing)]
-            ]
+        self.lost[name] = lost
+        self.differing += [
+            {"log": name, "insider": insider, "id": identity, "key": key, "event": event}
+            for insider, identity, key, event in rows
+        ]
+
+    def unmatched(self, answers: str) -> tuple[dict[str, int], list[dict]]:
+        """Return how many rows of the key have no equal event, by log, and the differing; warn.
+
+        Of the differing ones, the first `MAX_DIFFERING`.
+        """
+        counts = dict(self.connection.execute(
+            f"SELECT log, count(*) FROM {answers} GROUP BY log").fetchall())
+        missing = {name: self.lost.get(name, counts[name]) for name in LOGS if name in counts}
+        differ = [row["log"] for row in self.differing]
+        absent = {name: count - differ.count(name) for name, count in missing.items()}
         absent = {name: count for name, count in absent.items() if count}
         if absent:
             self.warnings.append(
                 f"{sum(absent.values())} rows of the answer key are in no log: {absent}"
             )
-        if differing:
-            first, n_rows = differing[0], sum(missing.values()) - sum(absent.values())
+        if differ:
+            first = self.differing[0]
             self.warnings.append(
-                f"{n_rows} rows of the answer key differ from the event of that id in date,"
+                f"{len(differ)} rows of the answer key differ from the event of that id in date,"
                 f" user or pc, for instance {first['log']} {first['id']}: {first['key']} in the"
                 f" key, {first['event']} in the log"
             )
-        return {name: count for name, count in missing.items() if count}, differing
+        return ({name: count for name, count in missing.items() if count},
+                self.differing[:MAX_DIFFERING])
 
     def compare_with_real(self, logs: dict, insiders: dict, days: dict) -> bool:
         """Say whether this is the real r4.2 (a log of its number of rows) and check its labels.
@@ -1736,6 +1752,7 @@ def ingest(
     max_quarantine_share: float = 0.01,
     allow_empty: bool = False,
     allow_truncated: bool = False,
+    allow_partial: bool = False,
     buckets: int | None = None,
     progress: Progress | None = None,
 ) -> dict:
@@ -1746,6 +1763,7 @@ def ingest(
     at the end: whatever happens, `store` is the old one, the new one, or absent, never half of one.
     `max_quarantine_share` (0-1) is the share of bad rows of a file above which the ingest stops;
     `allow_empty` accepts a log without rows, `allow_truncated` quarantines a last row that is cut;
+    `allow_partial` accepts logs that lack events of the answer key, such as the first months only;
     `buckets` (default 16, 4 for small folders) is the number of parts by account; `memory_limit` is
     DuckDB's, beside about 300 MB of this process.
 
@@ -1766,6 +1784,7 @@ def ingest(
             "max_quarantine_share": max_quarantine_share,
             "allow_empty": allow_empty,
             "allow_truncated": allow_truncated,
+            "allow_partial": allow_partial,
             "buckets": buckets or (16 if size > 64 << 20 else 4),
         }
         ready = _reusable(found, store, options)
@@ -1814,7 +1833,10 @@ def _mendable(path: Path, memory_limit: str) -> Iterator[None]:
 def _fill(work: _Ingest, name: str) -> dict:
     tables = {"ldap": work.ldap(), "psychometric": work.psychometric()}
     tables["insiders"], tables["answers"] = work.answers()
-    logs = {log: work.log(log) for log in LOGS if log in work.found.logs}
+    logs = {}
+    for log in (log for log in LOGS if log in work.found.logs):
+        logs[log] = work.log(log)
+        work.compare_with_key(log, logs[log]["quarantined"])
     return work.manifest(name, logs, tables)
 
 

@@ -32,10 +32,11 @@ mail, file copies; each in a few steps). The probability is the frequency of the
 populations drawn from the same `_cast` and `_plan` with other seeds, each level of detail shrunk
 with weight `_BACKOFF` towards the coarser one. Assumptions: the cells are all that can be seen
 (finer detail, such as minutes, is ignored, so the ceiling is slightly low); the prior is that of
-the simulated population, not r4.2's .29 %. `counted` is 1 on the days that count: ten active days
-of past, and not among the days that `windows` sets aside (an incident's behaviour which the key
-leaves out between the labels or just before them; innocent replies). What label noise hides after
-the last label stays a plain negative there, and so it does here.
+the simulated population, not r4.2's .29 %. `counted` is 1 on the days that are judged: a full
+history (`history_days` active days behind the day, as in `windows`), and not among the days that
+`windows` sets aside (an incident's behaviour which the key leaves out between the labels or just
+before them; innocent replies). What label noise hides after the last label stays a plain negative
+there, and so it does here.
 
 `optimal_risk` is malicious where p_malicious reaches the threshold, else `lower_risk`: suspicious
 where a behaviour is rare in the account's own past, else normal. Half of the other populations give
@@ -72,7 +73,7 @@ from ueba_helpers.data.files import atomic_path, write_json
 from ueba_helpers.data.seeding import generator
 from ueba_helpers.errors import UserError
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 LOGS = ("logon", "device", "file", "email", "http")
 HEADERS = {
     "logon": "id,date,user,pc,activity",
@@ -93,8 +94,8 @@ HOUR = 3_600
 _EVENING = 19 * HOUR
 _BACKOFF = 6.0
 _RARE_SHARE = 0.05
+_WEEKEND_NIGHT = 0.03  # a free day of scenario 1: weekends are then as common as in other work
 _MIN_PAST = 10
-_RECENT = 30
 _REFERENCE_CELLS = 1_200_000
 _RESAMPLES = 500
 
@@ -141,10 +142,11 @@ _WORDS = str.split(
 _JOB_WORDS = str.split(
     "resume salary interview position opening hiring career skills benefits apply"
 )
+_JOB_TOPIC = "Job_Hunting"
 _TOPICS = (
-    "News_today", "Sports_league", "Weather_map", "Travel_guide", "Music_review", "Film_archive",
-    "Recipe_book", "Health_notes", "Garden_forum", "Car_market", "House_listing", "Stock_chart",
-    "Science_journal", "History_page", "Game_guide", "Photo_album", "Shop_catalog", "School_board",
+    "News_Today", "Sports_League", "Weather_Map", "Travel_Guide", "Music_Review", "Film_Archive",
+    "Recipe_Book", "Health_Notes", "Garden_Forum", "Car_Market", "House_Listing", "Stock_Chart",
+    "Science_Journal", "History_Page", "Game_Guide", "Photo_Album", "Shop_Catalog", "School_Board",
 )
 _WEB_OTHER = (
     "google.com", "wikipedia.org", "amazon.com", "ebay.com", "espn.go.com", "imdb.com", "bing.com",
@@ -201,6 +203,7 @@ class _Settings:
     content: str
     start: date
     web_rate: float
+    history_days: int
 
     @property
     def history(self) -> int:
@@ -240,6 +243,7 @@ class _Settings:
             "content": self.content,
             "start": self.start.isoformat(),
             "web_rate": self.web_rate,
+            "history_days": self.history_days,
         }
 
 
@@ -292,6 +296,7 @@ def simulate(
     content: str = "few",
     start: date | str | None = None,
     web_rate: float = 1.0,
+    history_days: int = 30,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict:
     """Write a simulated CERT r4.2 release into the folder `out` and return what was written.
@@ -299,14 +304,15 @@ def simulate(
     `insiders` counts scenarios 1, 2, 3. `hardness` (0 to 1) goes from r4.2-like to hard.
     `label_noise` (0 to .9) is the share of incident days, of scenarios 1 and 2, that the key misses
     beyond r4.2's own gaps. `content` is "few" (words) or "full" (about 500 bytes). `web_rate`
-    scales the volume of http. `progress(done, total)` is called after each day.
+    scales the volume of http. `history_days` (10 and more) is that of the windows to be judged; it
+    changes `truth/` alone. `progress(done, total)` is called after each day.
 
     The folder appears whole or not at all; one that already holds this very simulation is left as
     it is. The same arguments give the same bytes. Raises `UserError`, naming the field and its
     legal range, for impossible arguments, and for a folder that holds anything else.
     """
     settings = _checked(
-        users, days, seed, insiders, hardness, label_noise, content, start, web_rate
+        users, days, seed, insiders, hardness, label_noise, content, start, web_rate, history_days
     )
     out = Path(out)
     finished = _existing(out, settings)
@@ -334,7 +340,8 @@ def simulate(
     return summary
 
 
-def _checked(users, days, seed, insiders, hardness, label_noise, content, start, web_rate):
+def _checked(users, days, seed, insiders, hardness, label_noise, content, start, web_rate,
+             history_days=30):
     def whole(name, value, low, high):
         if isinstance(value, bool) or not isinstance(value, int | np.integer):
             raise UserError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
@@ -357,6 +364,7 @@ def _checked(users, days, seed, insiders, hardness, label_noise, content, start,
     hardness = share("hardness", hardness, 0.0, 1.0)
     label_noise = share("label_noise", label_noise, 0.0, 0.9)
     web_rate = share("web_rate", web_rate, 0.01, 5.0)
+    history_days = whole("history_days", history_days, _MIN_PAST, days)
     if content not in ("few", "full"):
         raise UserError(f"content must be 'few' or 'full', got {content!r}")
     if start is None:
@@ -386,7 +394,7 @@ def _checked(users, days, seed, insiders, hardness, label_noise, content, start,
             f"scenario 3 needs its own administrator and supervisor, got {counts[2]}"
         )
     return _Settings(
-        users, days, seed, counts, hardness, label_noise, content, start, web_rate
+        users, days, seed, counts, hardness, label_noise, content, start, web_rate, history_days
     )
 
 
@@ -581,9 +589,16 @@ def _plan(settings: _Settings, cast: _Cast, seed: int) -> _Plan:
     weekday = np.array([(settings.start + timedelta(days=d)).weekday() for d in range(days)])
     day = np.arange(days)[None, :]
     employed = day < cast.leave[:, None]
-    chance = np.where(workday, 0.972, np.where(habit["weekend"], 0.93, 0.001))
+    # Who works nights comes in at a weekend now and then, and so may scenario 1.
+    seldom = np.where(habit["night"], 0.03, 0.001)
+    chance = np.where(workday, 0.972, np.where(habit["weekend"], 0.93, seldom))
     active = (rng.random(shape) < chance) & employed
+    weekends = generator(seed, "simulate.weekends")
     for incident in cast.incidents:
+        if incident.scenario == 1:
+            span = slice(max(0, incident.start - 3), incident.end + 1)
+            comes = weekends.random(days) < _WEEKEND_NIGHT
+            active[incident.user, span] |= (comes & ~workday[0])[span]
         if incident.scenario == 3:
             active[[incident.user, incident.victim, incident.replier], incident.start] = True
             active[[incident.user, incident.victim, incident.replier], incident.start + 1] = True
@@ -1066,6 +1081,7 @@ class _Names:
         rng = self._rng
 
         def page(domain, topic, word):
+            # One shape for all: what a page is about decides its words, never how they are put.
             slug = codecs.encode(topic.replace("_", ""), "rot13")
             ending = ("php", "asp", "aspx", "htm", "html", "jsp")[rng.integers(6)]
             return f"http://{domain}/{topic}/{word}/{slug}{rng.integers(1, 2**31)}.{ending}"
@@ -1078,12 +1094,12 @@ class _Names:
             ]
 
         groups = {
-            "job": [page(JOB_DOMAINS[i % len(JOB_DOMAINS)], "JobHunting",
+            "job": [page(JOB_DOMAINS[i % len(JOB_DOMAINS)], _JOB_TOPIC,
                          _JOB_WORDS[i % len(_JOB_WORDS)]) for i in range(16)],
             "leak": pages(LEAK_DOMAINS, _TOPICS, 4),
             "hack": pages(KEYLOGGER_DOMAINS, _TOPICS, 6),
             "cloud": pages(CLOUD_DOMAINS, _TOPICS, 60),
-            "news": pages(NEWS_DOMAINS, ("News_today", "News"), 300),
+            "news": pages(NEWS_DOMAINS, ("News_Today", "News_World"), 300),
             "social": pages(SOCIAL_DOMAINS, _TOPICS, 300),
             "other": pages(_WEB_OTHER, _TOPICS, 2400),
         }
@@ -1620,9 +1636,10 @@ def _visible_cells(settings: _Settings, plan: _Plan):
     rare = np.logical_or.reduce(list(odd.values()))
 
     job, rival = counts["job"], kinds["competitor_mail"]
-    recent_job = _recent(job > 0, present)
-    recent_rival = _recent(rival, present)
-    expected = 6 * _recent(connects, present) / np.maximum(np.minimum(past_days, _RECENT), 1)
+    known = settings.history_days
+    recent_job = _recent(job > 0, present, known)
+    recent_rival = _recent(rival, present, known)
+    expected = 6 * _recent(connects, present, known) / np.maximum(np.minimum(past_days, known), 1)
     drive_load = (week(connects) + connects) / np.maximum(expected, 1)
     axes = [  # from the most telling to the finest: (values, number of steps)
         [
@@ -1650,14 +1667,14 @@ def _visible_cells(settings: _Settings, plan: _Plan):
     return np.stack(levels), rare
 
 
-def _recent(values: np.ndarray, present: np.ndarray) -> np.ndarray:
-    """Sum `values` (users, days) over each account's last `_RECENT` active days before the day."""
+def _recent(values: np.ndarray, present: np.ndarray, n: int) -> np.ndarray:
+    """Sum `values` (users, days) over each account's last `n` active days before the day."""
     total = np.zeros(present.shape)
     for user in range(len(present)):
         days = np.flatnonzero(present[user])
         run = np.concatenate([[0], np.cumsum(values[user, days], dtype=float)])
         index = np.arange(len(days))
-        total[user, days] = run[index] - run[np.maximum(index - _RECENT, 0)]
+        total[user, days] = run[index] - run[np.maximum(index - n, 0)]
     return total
 
 
@@ -1697,7 +1714,7 @@ class _Sample:
     @classmethod
     def joined(cls, samples: "Sequence[_Sample]") -> "_Sample":
         """Put samples of different people behind one another."""
-        firsts = np.cumsum([0] + [sample.account.max() + 1 for sample in samples])
+        firsts = np.cumsum([0] + [sample.account.max(initial=0) + 1 for sample in samples])
         return cls(
             np.concatenate([sample.levels for sample in samples], axis=1),
             np.concatenate([sample.malicious for sample in samples]),
@@ -1730,15 +1747,15 @@ def _set_aside(cast: _Cast, plan: _Plan) -> np.ndarray:
     return aside & ~plan.malicious
 
 
-def _counted(cast: _Cast, plan: _Plan) -> np.ndarray:
-    """Return the account-days that count for the optimum: enough past, and not set aside."""
+def _counted(settings: _Settings, cast: _Cast, plan: _Plan) -> np.ndarray:
+    """Return the account-days that count for the optimum: a full history, and not set aside."""
     past = np.cumsum(plan.present, axis=1) - plan.present
-    return plan.present & (past >= _MIN_PAST) & ~_set_aside(cast, plan)
+    return plan.present & (past >= settings.history_days) & ~_set_aside(cast, plan)
 
 
 def _observed(settings: _Settings, cast: _Cast, plan: _Plan) -> _Sample:
     levels, rare = _visible_cells(settings, plan)
-    chosen = _counted(cast, plan)
+    chosen = _counted(settings, cast, plan)
     return _Sample(
         levels[:, chosen], plan.malicious[chosen], rare[chosen], np.nonzero(chosen)[0]
     )
@@ -1751,7 +1768,7 @@ def _tallies(sample: _Sample, said_malicious: np.ndarray) -> np.ndarray:
     """
     truth = np.where(sample.malicious, 2, sample.rare.astype(int))
     said = np.where(said_malicious, 2, sample.rare.astype(int))
-    n = int(sample.account.max()) + 1
+    n = int(sample.account.max(initial=0)) + 1
     table = np.empty((n, 3, 3))
     for level in range(3):
         is_true, is_said = truth == level, said == level
@@ -1826,7 +1843,7 @@ def _write_truth(folder, settings, cast, plan, names) -> dict:
     chance = optimum.rule(levels[:, user, day])
     lower = np.where(rare[user, day], "suspicious", "normal")
     risk = np.where(chance >= optimum.threshold, "malicious", lower)
-    counted = _counted(cast, plan)[user, day].astype(int)
+    counted = _counted(settings, cast, plan)[user, day].astype(int)
     ids = names.user.astype(str)
     dates = np.array(
         [(settings.start + timedelta(days=d)).isoformat() for d in range(settings.days)]

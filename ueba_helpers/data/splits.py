@@ -350,6 +350,8 @@ Detector = Callable[[pd.DataFrame, pd.DataFrame], np.ndarray]
 OUTCOMES = ("passed", "failed", "not judged")
 _NUMBERS = (*BEHAVIOUR_FEATURES, *PAST_FEATURES, *WEEK_FEATURES)
 _CHECKED = (*_NUMBERS, *RULE_FEATURES, "enough_history", "full_history")
+_HISTORIES = tuple(name for name in (*PAST_FEATURES, *WEEK_FEATURES, *RULE_FEATURES)
+                   if name.startswith(("past_", "week_")))
 _CHECKED_WORDS = ("role", "department", "ldap_month")
 _CHECKED_ITEMS = ("item", "kind", "start", "end", "pc", "detail", "n", "facts", "event_ids",
                   "deviation", "features", "dropped")
@@ -397,7 +399,7 @@ def audit(
         _metadata(_people(opened), seed, store=store, listing=listing),
         *_weekdays(opened),
         _roles(opened, seed),
-        _past_days(opened),
+        *_calendar(opened),
         _near_duplicates(joined),
     ]
     if manifest is not None:
@@ -635,14 +637,50 @@ def _drawn_from(check: str, got: pd.Series, shares: pd.Series, what: str,
                                      f"{got.idxmax()} ({got.max()})")
 
 
-def _past_days(opened: pd.DataFrame) -> dict:
-    """How long the account is known must not tell a malicious day among the judged ones."""
-    check, usable = "past_days says nothing", opened[~opened["precursor"] & ~opened["ignore"]]
-    if usable.loc[usable["malicious"], "incident"].nunique() < _FEWEST:
-        return _cannot_tell(check, f"fewer than {_FEWEST} incidents")
-    area = roc_auc_score(usable["malicious"], usable["past_days"])
-    return _row(check, max(area, 1 - area), 0.55,
-                f"ROC-AUC of past_days alone, which has {usable['past_days'].nunique()} values")
+def _calendar(opened: pd.DataFrame) -> list[dict]:
+    """No number about the past may tell when a day is: earlier days are benign for certain.
+
+    Whatever counts over all earlier days grows with the calendar. Within each account without an
+    incident, later judged days are told from earlier ones by one number at a time (ROC-AUC, mean
+    over the accounts in which it varies), on either side of the middle day and of the first label.
+    The number that is furthest beyond its own limit is reported.
+    """
+    told = opened.groupby("user")["incident"].transform("count") > 0
+    usable = opened[~told & ~opened["precursor"] & ~opened["ignore"]]
+    days = pd.to_datetime(usable["day"])
+    labelled = pd.to_datetime(opened.loc[opened["malicious"], "day"])
+    cuts = {"the middle": days.quantile(0.5), "the first label": labelled.min()}
+    rows = []
+    for side, cut in cuts.items():
+        areas = _areas_within(usable["user"], usable[list(_HISTORIES)], (days >= cut).to_numpy())
+        judged = areas.loc[:, areas.count() >= _FEWEST]
+        check = f"calendar says nothing: before {side}"
+        if judged.empty:
+            rows.append(_cannot_tell(check, f"fewer than {_FEWEST} accounts with days on both "
+                                            "sides"))
+            continue
+        distance = (judged.mean() - 0.5).abs()
+        limit = 0.1 + 3.5 * judged.std() / np.sqrt(judged.count())
+        worst = (distance - limit).idxmax()
+        rows.append(_row(check, distance[worst], limit[worst],
+                         f"distance from .5 of the ROC-AUC of {worst}, mean of "
+                         f"{judged[worst].count()} accounts ({judged[worst].mean():.3f})"))
+    return rows
+
+
+def _areas_within(users: pd.Series, numbers: pd.DataFrame, later: np.ndarray) -> pd.DataFrame:
+    """Return ROC-AUC of `later` days by account and number, NaN where a number never varies.
+
+    Accounts with fewer than `_FEWEST` days on either side are left out.
+    """
+    sides = pd.Series(later, users.index).groupby(users).agg(["sum", "size"])
+    many = sides["sum"].to_numpy()[:, None]
+    few = sides["size"].to_numpy()[:, None] - many
+    by_user = numbers.fillna(-1).groupby(users)
+    ranks = by_user.rank()[later].groupby(users[later]).sum().reindex(sides.index)
+    areas = (ranks - many * (many + 1) / 2) / np.maximum(many * few, 1)
+    enough = (np.minimum(many, few) >= _FEWEST)
+    return areas.where((by_user.max() > by_user.min()) & enough)
 
 
 def _near_duplicates(joined: pd.DataFrame) -> dict:

@@ -9,7 +9,9 @@ over events, and memory is bounded by one bucket. The stated rules, all past-onl
 
   day, hour       calendar day and hour of `date`; after hours: before 07:00 or from 19:00 on.
   history         the account's last `history_days` active days before the day (fewer at first);
-                  an active day has at least one event. `past_*` columns describe it.
+                  an active day has at least one event. `past_*` columns describe it and nothing
+                  before it: a count over all earlier days would grow with the calendar, and a low
+                  one say "before the first label".
   week            the seven calendar days before the day (`week_*`), today excluded.
   new workstation a PC the account never logged on to, nor plugged a drive in, on an earlier day.
   deviation       a behaviour far from the own history (`DEVIATION_RULES`) at a level that fewer
@@ -52,7 +54,7 @@ from ueba_helpers.data.cert import LOGS, Store
 from ueba_helpers.data.files import atomic_path, write_json
 from ueba_helpers.errors import UserError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 RISKS = ("normal", "suspicious", "malicious")
 UNKNOWN_ROLE = "unknown"
 _FEW_USERS = 50
@@ -76,14 +78,14 @@ WEEK_FEATURES = (
 # Needed by the deviation rules and shown in evidence facts; past-only like the rest.
 RULE_FEATURES = (
     "early_logon", "late_logon", "external_attachments", "past_hour_low", "past_hour_high",
-    "past_new_pc_days", "past_device", "past_max_files", "past_exe_days", "past_max_recipients",
+    "past_device", "past_max_files", "past_exe_days", "past_max_recipients",
     "past_max_attachments", "past_leak_days", "past_hack_days",
 )
 MEANING = {
     "past_days": "active days in the history (at most history_days, so many on a judged day)",
     "past_first_hour": "median hour of the first event of a past day",
     "past_last_hour": "median hour of the last event of a past day",
-    "past_pcs": "different PCs used on all earlier days",
+    "past_pcs": "different PCs used on past days",
     "past_device_days": "past days with a removable drive",
     "past_files": "files copied to a drive per past day (mean)",
     "past_email": "mails sent per past day (mean)",
@@ -128,9 +130,9 @@ DEVIATION_RULES: Mapping[str, DeviationRule] = {
         "hours by which an after-hours logon lies outside the middle 80 % of own past hours",
     ),
     "new_workstation": DeviationRule(
-        "CASE WHEN past_new_pc_days <= 0.1 * past_days THEN n_new_pcs ELSE 0 END",
+        "CASE WHEN past_pcs <= 1 + 0.1 * past_days THEN n_new_pcs ELSE 0 END",
         (1, 2, 3, 5, 10),
-        "PCs never used before, where at most a tenth of the past days had one",
+        "PCs never used before, where the past days saw at most one and one for each ten days",
     ),
     "removable_media_new": DeviationRule(
         "CASE WHEN past_device_days = 0 THEN n_device ELSE 0 END",
@@ -336,7 +338,7 @@ WITH parts AS (
         count(*) FILTER (category = 'cloud') AS n_http_cloud
     FROM part_http GROUP BY user, day
   UNION ALL BY NAME
-    SELECT user, day, count(*) AS n_pcs,
+    SELECT user, day, count(*) AS n_pcs, list(pc) AS pcs,
         count(*) FILTER (day = first_day) AS n_first_pcs
     FROM (SELECT user, day, pc, min(day) OVER (PARTITION BY user, pc) AS first_day
           FROM (SELECT user, day, pc FROM part_logon UNION SELECT user, day, pc FROM part_device))
@@ -345,7 +347,7 @@ WITH parts AS (
 daily AS (
     SELECT user, day, min(first_hour) AS first_hour, max(last_hour) AS last_hour,
         min(early_logon) AS early_logon, max(late_logon) AS late_logon,
-        {{sums}}
+        any_value(pcs) AS pcs, {{sums}}
     FROM parts GROUP BY user, day
 ),
 numbered AS (
@@ -365,7 +367,7 @@ SELECT user || '_' || strftime(day, '%Y-%m-%d') AS window_id, user, day,
     median(last_hour) OVER history AS past_last_hour,
     quantile_cont(first_hour, 0.1) OVER history AS past_hour_low,
     quantile_cont(last_hour, 0.9) OVER history AS past_hour_high,
-    coalesce(sum(n_first_pcs) OVER earlier, 0) AS past_pcs,
+    list_unique(flatten(list(pcs) OVER history)) AS past_pcs,
     {{past}},
     coalesce(sum(n_device) OVER week, 0) AS week_device,
     coalesce(sum(n_file) OVER week, 0) AS week_files,
@@ -377,7 +379,6 @@ FROM counted
 WINDOW
     history AS (PARTITION BY user ORDER BY day ROWS BETWEEN {{history_days}} PRECEDING
                 AND 1 PRECEDING),
-    earlier AS (PARTITION BY user ORDER BY day ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING),
     week AS (PARTITION BY user ORDER BY day RANGE BETWEEN INTERVAL 7 DAYS PRECEDING
              AND INTERVAL 1 DAY PRECEDING)
 """
@@ -390,7 +391,7 @@ _SUMMED = (
 _PAST_DAYS_WITH = {
     "past_device_days": "n_device > 0", "past_job_days": "n_http_job > 0",
     "past_competitor_days": "n_email_competitor > 0",
-    "past_after_hours_days": "n_after_hours_logon > 0", "past_new_pc_days": "n_new_pcs > 0",
+    "past_after_hours_days": "n_after_hours_logon > 0",
     "past_exe_days": "n_file_exe > 0", "past_leak_days": "n_http_leak > 0",
     "past_hack_days": "n_http_hack > 0",
 }

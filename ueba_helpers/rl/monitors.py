@@ -1,8 +1,8 @@
 """Training health: what every metric means, when a curve is ill, and the files the curves live in.
 
 In: the rows of `metrics.jsonl` (one dict per optimiser step, TRL's names where TRL has one) and,
-where a run is judged on held-out windows, their macro-F1. Out: `Alarm`s in plain words, the files
-`metrics.jsonl` and `timings.jsonl`, and measures of the completions' text.
+where a run is judged on held-out windows, macro-F1 and the evidence hit rate. Out: `Alarm`s in
+plain words, the files `metrics.jsonl` and `timings.jsonl`, and measures of the completions' text.
 
 Refused: thresholds that cannot be, names of alarms that do not exist, a trainer that does not log
 every step, a metrics file that ends before the resumed step.
@@ -111,6 +111,9 @@ METRICS: dict[str, tuple[str, str]] = {
     "text/copy_rate": ("Mean share of a completion's runs of six words that stand in its prompt.",
                        "share"),
     "held_out/macro_f1": ("Macro-F1 on held-out windows, on steps where it is measured.", "1"),
+    "held_out/evidence_hit_rate": ("Share of the true items of held-out windows that are cited, "
+                                   "mean over windows that have any; invalid verdicts cite none.",
+                                   "share"),
     "alarms": ("Names of the alarms that begin at this step.", "names"),
 }
 
@@ -131,8 +134,9 @@ _SHARED = (
     "clip_ratio/high_max", "completions/mean_length", "completions/min_length",
     "completions/max_length", "completions/clipped_ratio", "completions/mean_terminated_length",
     "completions/min_terminated_length", "completions/max_terminated_length",
-    "held_out/macro_f1", "alarms",
+    "held_out/macro_f1", "held_out/evidence_hit_rate", "alarms",
 )
+HELD_OUT = ("macro_f1", "evidence_hit_rate")  # what is watched of held-out windows
 _CRITIC = tuple(name for name in METRICS if name.startswith("critic/"))
 _TEXT = (*(name for name in METRICS if name.startswith("text/")), "completions/p95_length")
 _TIME_KEYS = ("step_time", "total_flos", "train_runtime", "train_samples_per_second",
@@ -199,11 +203,14 @@ class Thresholds:
     reward_rise: float = 0.05  # own choice, in reward units
     macro_f1_rise: float = 0.005  # own choice
     held_out_drop: float = 0.1  # own choice: twice the error of macro-F1 on a hundred windows
+    evidence_drop: float = 0.08  # own choice: five of sixty windows
     label_entropy: float = 0.5  # nats; balanced labels have 1.10, one at 85 % 0.52 (own choice)
     labels_per_answer: float = 1.5  # an answer has one label (own choice)
     valid_share: float = 0.8  # own choice; a good start has 0.97
     cited_share: float = 0.7  # own choice: honest verdicts cite up to three of eight items
     same_citation: float = 0.5  # own choice: what is odd stands at another place every day
+    same_citation_factor: float = 2.0  # own choice: up from the start, and above the least
+    same_citation_least: float = 0.25  # own choice: less is no habit worth a warning
     unique_share: float = 0.1  # own choice: all of G = 8 completions equal gives 0.125
     repetition: float = 0.5  # own choice
     copy_rate: float = 0.5  # own choice
@@ -256,11 +263,20 @@ class Health:
         self._held_out: deque[tuple[float | None, float]] = deque(
             maxlen=limits.held_out_patience + 1)
         self._best = -math.inf  # macro-F1 on held-out windows
+        self._hit_rates: list[float] = []  # of evidence on them
         self._row: Mapping = {}
         self._active: set[str] = set()
 
-    def update(self, row: Mapping, *, macro_f1: float | None = None) -> tuple[Alarm, ...]:
-        """Take one step's row (with `step`) and return the alarms that begin with it."""
+    def begin(self, held_out: Mapping) -> None:
+        """Take the held-out results of the policy that training begins from."""
+        self._judged(held_out)
+
+    def update(self, row: Mapping, *, held_out: Mapping | None = None) -> tuple[Alarm, ...]:
+        """Take one step's row (with `step`) and return the alarms that begin with it.
+
+        `held_out` holds macro_f1 and evidence_hit_rate where the step was followed by a judgement
+        on held-out windows; what it lacks is taken from the row.
+        """
         self._row = row
         for key, value in row.items():
             number = _number(value)
@@ -270,18 +286,25 @@ class Health:
             first = self._first.setdefault(key, [])
             if len(first) < self.thresholds.start:
                 first.append(number)
-        macro_f1 = row.get("held_out/macro_f1") if macro_f1 is None else macro_f1
+        own = {name: row.get(f"held_out/{name}") for name in HELD_OUT}
+        macro_f1 = self._judged(own | dict(held_out or {}))
         if macro_f1 is not None:
             reward = self._series.get("reward")
             recent = None if not reward else statistics.fmean(
                 list(reward)[-self.thresholds.window:])
-            self._held_out.append((recent, float(macro_f1)))
-            self._best = max(self._best, float(macro_f1))
+            self._held_out.append((recent, macro_f1))
         found = {name: message for name, (_, check) in _CHECKS.items() if (message := check(self))}
         begun = [name for name in found if name not in self._active]
         self._active = set(found)
         return tuple(Alarm(name, int(row["step"]), found[name], _CHECKS[name][0])
                      for name in begun)
+
+    def _judged(self, held_out: Mapping) -> float | None:
+        macro_f1, hit_rate = (_number(held_out.get(name)) for name in HELD_OUT)
+        self._best = max(self._best, -math.inf if macro_f1 is None else macro_f1)
+        if hit_rate is not None:
+            self._hit_rates.append(hit_rate)
+        return macro_f1
 
     def _mean(self, key: str) -> float | None:
         values = self._series.get(key, ())
@@ -399,6 +422,31 @@ class Health:
                 "unlearns the task. Go back to an earlier checkpoint and read what it says now.")
 
 
+    def _evidence_drop(self) -> str | None:
+        """Compare means of two judgements in a row, since one is noisy; the start stands alone."""
+        rates = self._hit_rates
+        means = [statistics.fmean(rates[max(0, i - 1):i + 1]) for i in range(len(rates))]
+        if not means or max(means) - means[-1] <= self.thresholds.evidence_drop:
+            return None
+        return (f"The share of true items cited on held-out windows fell from {max(means):.3f} to "
+                f"{means[-1]:.3f}: labels may be right for wrong reasons. Read what is cited, and "
+                "give reasons more weight.")
+
+    def _same_citation(self) -> str | None:
+        limits = self.thresholds
+        now, start = self._mean("text/same_citation"), self._start("text/same_citation")
+        if now is None:
+            return None
+        risen = (start is not None and now > limits.same_citation_least
+                 and now > limits.same_citation_factor * start)
+        if not risen and now <= limits.same_citation:
+            return None
+        return (f"{now:.0%} of the alarms cite the same ids, whatever the prompt"
+                + (f" (at the start {start:.0%})" if risen else "")
+                + ": evidence is guessed by its place. Check that a right label for wrong reasons "
+                "does not pay.")
+
+
 def _beyond(key: str, limit: str, message: str, *, below: bool = False
             ) -> Callable[[Health], str | None]:
     """Return the check of a curve's latest mean against a threshold, `below` it or above.
@@ -437,6 +485,7 @@ _CHECKS: dict[str, tuple[str, Callable[[Health], str | None]]] = {
     "critic_gradient": ("critical", Health._critic_gradient),
     "hack_suspicion": ("critical", Health._hack),
     "held_out_drop": ("critical", Health._held_out_drop),
+    "evidence_drop": ("warning", Health._evidence_drop),
     "one_label": ("warning", _beyond(
         "text/label_entropy", "label_entropy",
         "Nearly all verdicts say the same risk (entropy {now:.2f} nats): check that no constant "
@@ -453,10 +502,7 @@ _CHECKS: dict[str, tuple[str, Callable[[Health], str | None]]] = {
         "text/cited_share", "cited_share",
         "Verdicts cite {now:.0%} of the items they could: check that false citations cost "
         "something.")),
-    "same_citation": ("warning", _beyond(
-        "text/same_citation", "same_citation",
-        "{now:.0%} of the alarms cite the same ids, whatever the prompt: evidence is guessed by "
-        "its place. Check that a right label for wrong reasons does not pay.")),
+    "same_citation": ("warning", Health._same_citation),
     "sameness": ("warning", _beyond(
         "text/unique_share", "unique_share",
         "Only {now:.0%} of the completions differ from each other.", below=True)),
@@ -475,18 +521,19 @@ def alarms(rows: Iterable[Mapping], held_out: Iterable[Mapping] = (), *,
            ) -> list[Alarm]:
     """Return the alarms of a whole run, in order: what `HealthMonitor` raised while it ran.
 
-    `rows` are those of metrics.jsonl; `held_out` rows (`step`, `macro_f1`) count at their step and
-    replace the macro-F1 in `rows`.
+    `rows` are those of metrics.jsonl; `held_out` rows (`step`, `macro_f1`, `evidence_hit_rate`)
+    count at their step, 0 for the start, and replace what `rows` say of it.
 
     >>> sick = [{"step": i, "kl_to_reference/per_completion": 2.0 * i} for i in range(1, 10)]
     >>> [(alarm.name, alarm.step) for alarm in alarms(sick)]
     [('kl', 8)]
     """
     health = Health(thresholds, num_generations=num_generations)
-    judged = {int(row["step"]): float(row["macro_f1"]) for row in held_out}
+    judged = {int(row["step"]): row for row in held_out}
     found: list[Alarm] = []
+    health.begin(judged.get(0, {}))
     for row in rows:
-        found.extend(health.update(row, macro_f1=judged.get(row["step"])))
+        found.extend(health.update(row, held_out=judged.get(row["step"])))
     return found
 
 
@@ -496,7 +543,8 @@ class HealthMonitor(TrainerCallback):
     `metrics_path` is where the run's metrics.jsonl lies: a resumed run reads its past there, so
     that it raises what an undisturbed one would. A run that was stopped by an alarm and is resumed
     goes on as long as the same alarm holds. Held-out results are handed over by `add_held_out`,
-    in `on_step_end` at the latest, to count for that step.
+    in `on_step_end` at the latest, to count for that step; those of the start (step 0), which no
+    row of metrics.jsonl holds, before `on_train_begin`, also when a run is resumed.
     """
 
     def __init__(self, thresholds: Thresholds | None = None, *, stop_on: Iterable[str] = (),
@@ -509,22 +557,22 @@ class HealthMonitor(TrainerCallback):
         self.stop_on = stop_on
         self.metrics_path = None if metrics_path is None else Path(metrics_path)
         self.alarms: list[Alarm] = []
-        self._held_out: dict[int, float] = {}
+        self._held_out: dict[int, dict[str, float]] = {}
         self._health = Health(self.thresholds)
         self._observed: tuple[int, tuple[Alarm, ...]] = (0, ())
 
-    def add_held_out(self, step: int, macro_f1: float) -> None:
-        """Hand over macro-F1 on held-out windows, measured after optimiser step `step`."""
-        self._held_out[step] = float(macro_f1)
+    def add_held_out(self, step: int, found: Mapping) -> None:
+        """Hand over what was measured on held-out windows (`HELD_OUT`) after step `step`."""
+        self._held_out[step] = {name: found.get(name) for name in HELD_OUT}
 
-    def held_out_at(self, step: int) -> float | None:
-        """Return the macro-F1 handed over for a step, or None."""
-        return self._held_out.get(step)
+    def held_out_at(self, step: int) -> dict[str, float]:
+        """Return what was handed over for a step; nothing where nothing was."""
+        return self._held_out.get(step, {})
 
     def observe(self, step: int, logs: Mapping) -> tuple[Alarm, ...]:
         """Return the alarms that begin at `step`; a second call for the same step repeats them."""
         if self._observed[0] != step:
-            found = self._health.update({**logs, "step": step}, macro_f1=self.held_out_at(step))
+            found = self._health.update({**logs, "step": step}, held_out=self.held_out_at(step))
             self._observed = (step, found)
             self.alarms.extend(found)
             for alarm in found:
@@ -534,6 +582,7 @@ class HealthMonitor(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         """Start afresh, or from the metrics of the steps before a resume."""
         self._health = Health(self.thresholds, num_generations=args.num_generations)
+        self._health.begin(self.held_out_at(0))
         self._observed, self.alarms = (0, ()), []
         if self.metrics_path is not None and state.global_step:
             for row in read_rows(self.metrics_path):
@@ -562,7 +611,7 @@ class MetricsWriter(TrainerCallback):
     `repr`, non-finite ones as null. Identical runs write identical bytes to `path`. At the start
     both files are cut back to the step the run resumes at (0 for a fresh run). A trainer's metric
     outside `keys` is left out, with one warning. With `monitor` the row names the alarms that
-    begin and the held-out macro-F1 of the step; the monitor must be a callback too.
+    begin and the held-out results of the step; the monitor must be a callback too.
 
     Raises `UserError` when the trainer does not log every step, or when the file ends before the
     resumed step.
@@ -611,7 +660,8 @@ class MetricsWriter(TrainerCallback):
         seconds, step = self._seconds, state.global_step
         row = {key: plain(logs.get(key)) for key in self.keys}
         if self.monitor is not None:
-            row["held_out/macro_f1"] = self.monitor.held_out_at(step)
+            judged = self.monitor.held_out_at(step)
+            row |= {f"held_out/{name}": plain(judged.get(name)) for name in HELD_OUT}
             row["alarms"] = [alarm.name for alarm in self.monitor.observe(step, logs)]
         unknown = set(logs) - set(self.keys) - set(_TIME_KEYS) - self._warned
         if unknown:

@@ -34,7 +34,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
 from ueba_helpers.data.files import atomic_path, write_json
-from ueba_helpers.data.records import read_rows
+from ueba_helpers.data.records import append_row, cut_rows, plain, read_rows
 from ueba_helpers.data.seeding import generator
 from ueba_helpers.errors import UserError
 from ueba_helpers.rl.checkpoints import is_shared_critic, latest_checkpoint, load_critic, seal
@@ -68,7 +68,7 @@ from ueba_helpers.rl.trainers import (
     PPOConfig,
     PPOTrainer,
 )
-from ueba_helpers.task.rewards import TRAINABLE
+from ueba_helpers.task.rewards import ASKED, TRAINABLE, evidence_hit_rate
 from ueba_helpers.task.verdicts import RISKS
 
 disable_progress_bars()  # of datasets.map, which draws one per notebook cell
@@ -220,14 +220,15 @@ def reinforce(trainer_class: type[PolicyGradientTrainer], config, start: Path | 
               callbacks: Sequence[TrainerCallback] = ()) -> Trained:
     """Train by a policy-gradient trainer; `held_out` rows are judged greedily as it learns.
 
-    Writes `metrics.jsonl` (fixed keys, alarms among them) and `timings.jsonl` into `out`.
-    `on_held_out` receives macro-F1, the share of valid verdicts and the three-by-three counts at
-    step 0 and every `evaluate_every` steps: a reward that rises while these do not is a hack, and
-    rings an alarm. Alarms named in `stop_on` end the training. `on_completions` receives what the
-    policy wrote since the last checkpoint, just before the next: step, completion, reward terms.
+    Writes into `out`: `metrics.jsonl` (fixed keys, alarms among them), `timings.jsonl`, and
+    `held_out.jsonl` with the `held_out_metrics` at step 0 and every `evaluate_every` steps, which
+    `on_held_out` receives too. A reward that rises while these do not is a hack and rings an alarm;
+    so does evidence that is cited less and less. Alarms named in `stop_on` end the training.
+    `on_completions` receives what the policy wrote since the last checkpoint, just before the next:
+    step, completion, reward terms.
     """
     out = Path(out)
-    _check_columns(rows)
+    _check_columns(rows, settings.rewards)
     tokenizer = load_tokenizer(start)
     tokenize_prompts(tokenizer, [row["prompt"] for row in rows],
                      max_prompt_tokens=policy.max_prompt_tokens)
@@ -242,7 +243,6 @@ def reinforce(trainer_class: type[PolicyGradientTrainer], config, start: Path | 
     trainer.remove_callback(PrinterCallback)
     metrics = out / "metrics.jsonl"
     monitor = HealthMonitor(stop_on=stop_on, metrics_path=metrics)
-    trainer.add_callback(monitor)
     trainer.add_callback(MetricsWriter(
         metrics, out / "timings.jsonl", monitor=monitor,
         keys=metric_keys(trainer._name.lower(), trainer.reward_func_names,
@@ -250,7 +250,8 @@ def reinforce(trainer_class: type[PolicyGradientTrainer], config, start: Path | 
                          text=True)))
     if held_out:
         trainer.add_callback(_HeldOut(trainer, tokenizer, held_out, policy, evaluate_every,
-                                      monitor, on_held_out))
+                                      monitor, out / "held_out.jsonl", on_held_out))
+    trainer.add_callback(monitor)  # after what judges the start, which it begins from
     if on_completions:
         trainer.add_callback(_Completions(trainer, on_completions))
     _train(trainer, settings.steps)
@@ -260,13 +261,17 @@ def reinforce(trainer_class: type[PolicyGradientTrainer], config, start: Path | 
     return Trained(folder, _costs(trainer, out / "timings.jsonl"))
 
 
-def _check_columns(rows: Sequence[Mapping]) -> None:
+def _check_columns(rows: Sequence[Mapping], rewards: str) -> None:
     if not rows:
         raise UserError("there are no training prompts: give rows of prompts.prompt_dataset.")
     missing = [name for name in REWARD_COLUMNS if name not in rows[0]]
     if missing:
         raise UserError(f"training rows lack the column {missing[0]!r}: the rewards read "
                         f"{', '.join(REWARD_COLUMNS)}.")
+    asked, wanted = ASKED.get(rewards, (None, None))
+    if asked and any(row.get(asked) != wanted for row in rows):
+        raise UserError(f"rewards={rewards!r} scores what the prompts do not ask for: make them "
+                        f"with {asked}={wanted!r} (prompts.prompt_dataset).")
 
 
 def save_policy(model: PreTrainedModel, tokenizer, folder: Path | str) -> Path:
@@ -429,45 +434,63 @@ class _Completions(TrainerCallback):
 
 
 class _HeldOut(TrainerCallback):
-    """Judge held-out windows greedily before training and every few steps."""
+    """Judge held-out windows greedily before training and every few steps, and write it down."""
 
-    def __init__(self, trainer, tokenizer, rows, policy, every, monitor, report):
+    def __init__(self, trainer, tokenizer, rows, policy, every, monitor, path, report):
         self.trainer, self.tokenizer, self.rows = trainer, tokenizer, rows
-        self.policy, self.every, self.monitor, self.report = policy, every, monitor, report
+        self.policy, self.every, self.monitor = policy, every, monitor
+        self.path, self.report = path, report
 
     def on_train_begin(self, args, state, control, **kwargs):
+        begun = state.global_step or -1  # a fresh run judges the start itself
+        for row in read_rows(self.path):
+            if row["step"] <= begun:
+                self.monitor.add_held_out(row["step"], row)
+        if state.is_world_process_zero:
+            cut_rows(self.path, begun)
         if state.global_step == 0:
-            self._judge(0)
+            self._judge(state)
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.every == 0 or state.global_step == args.max_steps:
-            self._judge(state.global_step)
+            self._judge(state)
 
-    def _judge(self, step: int) -> None:
+    def _judge(self, state) -> None:
+        step = state.global_step
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         table = predict(model, self.tokenizer, self.rows, detector="", seed=0, split="",
                         max_new_tokens=self.policy.max_completion_tokens)
-        found = held_out_metrics(table["label"], table["risk"])
-        self.monitor.add_held_out(step, found["macro_f1"])
+        found = held_out_metrics(table["label"], table["risk"], table["evidence"],
+                                 [row["evidence_truth"] for row in self.rows])
+        self.monitor.add_held_out(step, found)
+        if state.is_world_process_zero:
+            append_row(self.path, {"step": step,
+                                   **{key: plain(found[key]) for key in sorted(found)}})
         if self.report:
             self.report(step, found)
 
 
-def held_out_metrics(labels: Sequence[str], said: Sequence[str]) -> dict[str, float]:
-    """Return macro-F1, accuracy, the valid share and the counts `count/<label>/<said>`.
+def held_out_metrics(labels: Sequence[str], said: Sequence[str], cited: Sequence[Sequence[str]],
+                     truth: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Return macro-F1, accuracy, valid share, evidence hit rate, counts `count/<label>/<said>`.
 
-    An invalid verdict counts as wrong for its class and as a hit for none.
+    An invalid verdict counts as wrong for its class, as a hit for none and as citing nothing. The
+    evidence hit rate is the mean of `rewards.evidence_hit_rate` over windows with true items.
 
-    >>> held_out_metrics(["normal", "malicious"], ["normal", "invalid"])["accuracy"]
+    >>> held_out_metrics(["normal", "malicious"], ["normal", "invalid"], [[], []],
+    ...                  [[], ["e1"]])["accuracy"]
     0.5
     """
     labels, said = list(labels), list(said)
     options = [*RISKS, "invalid"]
     counts = confusion_matrix(labels, said, labels=options)
+    hits = [evidence_hit_rate(items if risk != "invalid" else (), true)
+            for risk, items, true in zip(said, cited, truth, strict=True) if len(true)]
     metrics = {"macro_f1": float(f1_score(labels, said, labels=list(RISKS), average="macro",
                                           zero_division=0)),
                "accuracy": float(np.mean([a == b for a, b in zip(labels, said, strict=True)])),
-               "valid": float(np.mean([b != "invalid" for b in said]))}
+               "valid": float(np.mean([b != "invalid" for b in said])),
+               "evidence_hit_rate": float(np.mean(hits)) if hits else math.nan}
     metrics |= {f"count/{label}/{other}": int(counts[i, j])
                 for i, label in enumerate(RISKS) for j, other in enumerate(options)}
     return metrics

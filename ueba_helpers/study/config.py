@@ -9,6 +9,7 @@ GPU.
 
 import importlib
 import importlib.util
+import json
 import math
 import re
 import tomllib
@@ -24,6 +25,8 @@ from ueba_helpers.rl.settings import (
     RLSettings,
     SFTSettings,
 )
+from ueba_helpers.task.rewards import ASKED
+from ueba_helpers.task.verdicts import STYLES
 
 LEAST_INSIDERS = 4  # of one scenario: below it `splits.assign` leaves dev or test without any
 ALERT_BUDGETS = (1.0, 2.0, 5.0)  # alerts per 1,000 account-days; the middle one stands for all
@@ -110,6 +113,10 @@ class EvaluationSettings:
 class Profile:
     """One way to run the whole study.
 
+    `sft` is the cold start that RL begins from; `sft_all` is its rival, SFT on all labels with
+    compute equal to RL's. `minutes` says how long each stage is expected to take before a first
+    run has measured it; a stage is stopped at `limit_seconds`. `style` and `confidence` say what
+    the prompts ask a verdict to be; demonstrations then have it too.
     `sft` is the cold start that RL begins from; `sft_all` is its rival, SFT on all labels. One
     rival of two cannot equal both: in `laptop` its `examples` are set so that it takes the mean of
     PPO's and GRPO's processor seconds, as the published run measured them. `minutes` says how long
@@ -128,6 +135,8 @@ class Profile:
     ppo: PPOSettings
     grpo: GRPOSettings
     max_items: int = 14
+    style: str = "evidence_first"
+    confidence: bool = False
     memory_limit: str = "1GB"
     minutes: Mapping[str, float] = field(hash=False)
     least_limit_minutes: float = 10.0
@@ -135,6 +144,11 @@ class Profile:
 
     def __post_init__(self):
         require(self.max_items >= 1, "max_items", self.max_items, "1 and more")
+        require(self.style in STYLES, "style", self.style, ", ".join(map(repr, STYLES)))
+        asked, wanted = ASKED.get(self.grpo.rewards, (None, None))
+        if asked and getattr(self, asked) != wanted:
+            raise UserError(f"Profile {self.name}: rewards={self.grpo.rewards!r} scores what the "
+                            f"prompts do not ask for: it needs {asked} = {json.dumps(wanted)}.")
         size = re.fullmatch(r"(\d+(?:\.\d+)?) ?[KMGT]i?B", self.memory_limit, re.IGNORECASE)
         require(size is not None and float(size[1]) > 0, "memory_limit", self.memory_limit,
                 "sizes like '1GB' or '800MB'")
@@ -280,10 +294,11 @@ def profile(name: str) -> Profile:
 
         extends = "laptop"
         max_items = 6
+        confidence = true
         [policy]
         lora_rank = 8
         [rl]
-        rewards = "traditional"
+        rewards = "ueba_calibrated"
         [ppo]
         lam = 0.95
 

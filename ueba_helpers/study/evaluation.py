@@ -31,6 +31,7 @@ equivalence by two one-sided tests) and Holm (1979: several comparisons at once)
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -41,6 +42,7 @@ from scipy.sparse.csgraph import connected_components
 from ueba_helpers.data.seeding import generator
 from ueba_helpers.errors import UserError
 from ueba_helpers.study.config import ALERT_BUDGETS
+from ueba_helpers.task.rewards import evidence_hit_rate
 from ueba_helpers.task.verdicts import RISKS
 
 MALICIOUS = RISKS[-1]
@@ -332,6 +334,47 @@ def confusion(predictions: pd.DataFrame, truth: pd.DataFrame, sample: pd.DataFra
                         index=pd.Index(RISKS, name="label"), columns=pd.Index(SAID, name="said"))
 
 
+def best_possible(release: Path | str, truth: pd.DataFrame, sample: pd.DataFrame, *,
+                  split: str) -> pd.DataFrame:
+    """Return the predictions of the best rule for a simulated release: what can be reached at all.
+
+    The score is `p_malicious` of the release's `truth/optimal.csv`, which no detector may read: how
+    often a day that shows the same is malicious (see `data.simulate`; finer detail is left out, so
+    a detector may come out slightly above). The risk is malicious from the cut on that gives the
+    highest macro-F1 on the headline rows; below it, it is the stated function of the visible that
+    the two lower levels are. Raises `UserError` where the release has no known truth, or none of a
+    judged window.
+    """
+    path = Path(release) / "truth" / "optimal.csv"
+    if not path.exists():
+        raise UserError(f"{path}: missing. Only a simulated release says what can be reached.")
+    known = pd.read_csv(path, dtype={"user": str, "day": str})
+    known.index = known["user"] + "_" + known["day"]
+    judged = sample.loc[sample["split"] == split, "window_id"]
+    rows = truth[truth["window_id"].isin(judged)].sort_values("window_id", ignore_index=True)
+    _refuse(set(rows["window_id"]) - set(known.index), f"{path} lacks windows of the sample")
+    known = known.loc[rows["window_id"]]
+    chance = known["p_malicious"].to_numpy(float)
+    lower = np.where(rows["malicious"], known["lower_risk"], rows["risk"])
+    headline = rows["window_id"].isin(sample.loc[sample["headline"], "window_id"]).to_numpy()
+    label = rows["risk"].map(RISKS.index).to_numpy(int)
+
+    def macro_f1(cut: float) -> float:
+        said = np.where(chance >= cut, MALICIOUS, lower)
+        cells = label * len(SAID) + pd.Series(said).map(SAID.index).to_numpy(int)
+        counts = np.bincount(cells[headline], minlength=len(RISKS) * len(SAID)).astype(float)
+        return float(_class_metrics(counts)["macro_f1"][0])
+
+    # the highest of several equal cuts: the fewest alerts
+    cut = max(sorted(set(chance[headline]) | {np.inf}, reverse=True), key=macro_f1)
+    return pd.DataFrame({
+        "detector": "best_possible", "seed": 0, "window_id": rows["window_id"],
+        "user": rows["user"], "day": rows["day"], "split": split, "label": rows["risk"],
+        "risk": np.where(chance >= cut, MALICIOUS, lower), "score": chance,
+        "features": [[] for _ in chance], "evidence": [[] for _ in chance], "valid": True,
+        "seconds": 0.0})
+
+
 def flagged_shares(joined: Mapping[str, pd.DataFrame], reason: pd.Series) -> pd.DataFrame:
     """Return the shares of benign account-days called malicious, by the reason a day stands out.
 
@@ -373,9 +416,8 @@ def evidence_scores(cited: Sequence[str], truth: Sequence[str],
     true = set(truth)
     said = set(cited) - (set(dont_care) - true)
     hits = len(said & true)
-    if not true:
-        return float("nan"), float(not said)
-    return hits / len(true), 2 * hits / (len(said) + len(true))
+    f1 = 2 * hits / (len(said) + len(true)) if true else float(not said)
+    return evidence_hit_rate(cited, truth), f1
 
 
 def _cited_metrics(rows, headline) -> dict[str, tuple[np.ndarray, np.ndarray]]:

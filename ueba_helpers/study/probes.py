@@ -95,19 +95,20 @@ def attack_flips(asked: pd.DataFrame, risk: Sequence[str], *, by: str = "place",
 
 def named_rows(windows: Sequence[Window], key: str, *, max_items: int,
                count_tokens: Callable[[list[dict]], int] | None = None,
-               budget: int | None = None) -> dict[str, list[dict]]:
+               budget: int | None = None, **options: object) -> dict[str, list[dict]]:
     """Return the prompt rows of the same windows under each of `NAMINGS`.
 
     "codes" are those of the study's key, "other codes" those of another key, "names" the real
     accounts and hosts. All three show the same items: as many as fit the budget in each of them.
+    `options` are those of `prompts.prompt_dataset`.
     """
     keys = dict(zip(NAMINGS, (key, f"{key} another", None), strict=True))
     windows = [keep_items(window, max_items) for window in windows]
     if count_tokens is not None and budget is not None:
         for value in keys.values():
             windows = [fit_budget(window, count_tokens, budget, max_items=max_items,
-                                  pseudonym_key=value) for window in windows]
-    return {name: prompt_dataset(windows, max_items=max_items, pseudonym_key=value)
+                                  pseudonym_key=value, **options) for window in windows]
+    return {name: prompt_dataset(windows, max_items=max_items, pseudonym_key=value, **options)
             for name, value in keys.items()}
 
 

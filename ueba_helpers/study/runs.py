@@ -101,6 +101,7 @@ def data_hash(chosen: Profile, *, seed: int, data: Path | str = "") -> str:
     """
     if str(data) == "":
         return content_hash({"simulate": chosen.as_dict()["simulate"], "seed": seed,
+                             "history_days": chosen.windows.history_days,
                              "code": code_fingerprint("data/simulate.py", "data/cert.py")})
     folder = Path(data)
     if not folder.exists():

@@ -20,7 +20,6 @@ import pandas as pd
 
 from ueba_helpers.data import cert, simulate, splits, windows
 from ueba_helpers.data.files import write_json
-from ueba_helpers.data.records import append_row, cut_rows
 from ueba_helpers.data.windows import Window
 from ueba_helpers.errors import UserError
 from ueba_helpers.study import evaluation, pseudonyms
@@ -64,13 +63,13 @@ def prepare_data(chosen: Profile, seed: int, data: str, runs: str, *,
                 "code": code_fingerprint("data", "task/baselines.py")}
     if _read(home / "samples.json").get("settings") == json.loads(json.dumps(settings)):
         return home
-    release = Path(data) if data else Path(runs) / "data" / (
-        f"r4.2-{data_hash(chosen, seed=seed, data='')}")
+    release = _release(chosen, seed, data, runs)
     if data:
         cert.check_answers(release)
     else:
         say("simulating a release")
-        simulate.simulate(release, seed=seed, **asdict(chosen.simulate))
+        simulate.simulate(release, seed=seed, history_days=chosen.windows.history_days,
+                          **asdict(chosen.simulate))
     say("reading the release")
     ingested = _stored(release, home / "store", chosen.memory_limit)
     say("building windows")
@@ -100,6 +99,12 @@ def prepare_data(chosen: Profile, seed: int, data: str, runs: str, *,
                                        "release": str(release), "warnings": warnings,
                                        "audits": audit["outcome"].value_counts().to_dict()})
     return home
+
+
+def _release(chosen: Profile, seed: int, data: str, runs: str) -> Path:
+    """Return the folder of the given release, or of the simulated one."""
+    return Path(data) if data else Path(runs) / "data" / (
+        f"r4.2-{data_hash(chosen, seed=seed, data='')}")
 
 
 def prepare(profile: str, seed: int, data: str, runs: str) -> Path:
@@ -257,6 +262,13 @@ class Study:
         """The key of this study's account codes: a secret where the accounts are real."""
         return pseudonyms.study_key(self.home, simulated=not self.data)
 
+    @functools.cached_property
+    def prompt_options(self) -> dict:
+        """What the prompts show and ask for, as options of `task.prompts`."""
+        chosen = self.profile
+        return {"max_items": chosen.max_items, "style": chosen.style,
+                "confidence": chosen.confidence}
+
     def _loaded(self, table: pd.DataFrame) -> list[Window]:
         unique = table.drop_duplicates("window_id")
         items = self.items[self.items["window_id"].isin(unique["window_id"])]
@@ -275,8 +287,8 @@ class Study:
                                                      tokenize=True, return_dict=True)["input_ids"])
 
         made = prompts.prompt_dataset(
-            self._loaded(unique), max_items=self.profile.max_items, count_tokens=count_tokens,
-            budget=self.profile.policy.max_prompt_tokens, pseudonym_key=self.pseudonym_key)
+            self._loaded(unique), count_tokens=count_tokens, pseudonym_key=self.pseudonym_key,
+            budget=self.profile.policy.max_prompt_tokens, **self.prompt_options)
         by_id = dict(zip(unique["window_id"], made, strict=True))
         return [by_id[name] for name in table["window_id"]]
 
@@ -289,7 +301,10 @@ class Study:
         return self.windows.set_index("window_id", drop=False).loc[wanted].reset_index(drop=True)
 
     def demonstrations(self, purpose: str, settings) -> list[dict]:
-        """Return prompt rows with a `completion`: the reference verdict under the said label."""
+        """Return prompt rows with a `completion`: the reference verdict under the said label.
+
+        Where confidence is asked for, all state the share of the said labels that are right.
+        """
         from ueba_helpers.rl.recipes import demonstrated_labels
 
         table = self.training_windows(purpose)
@@ -297,9 +312,10 @@ class Study:
         rows = self.rows(table)
         shown = [prompts.keep_items(window, len(row["evidence_ids"]))
                  for window, row in zip(self._loaded(table), rows, strict=True)]
-        return [{**row, "completion": prompts.target_verdict(
-                    window, risk=risk, max_items=self.profile.max_items,
-                    pseudonym_key=self.pseudonym_key)}
+        right = sum(a == b for a, b in zip(said, table["risk"], strict=True)) / len(said)
+        options = {**self.prompt_options, "pseudonym_key": self.pseudonym_key,
+                   "confidence": round(right, 2) if self.profile.confidence else None}
+        return [{**row, "completion": prompts.target_verdict(window, risk=risk, **options)}
                 for row, window, risk in zip(rows, shown, said, strict=True)]
 
     # -- policies -----------------------------------------------------------------------------
@@ -320,10 +336,11 @@ class Study:
     def _tokenizer_texts(self) -> list[str]:
         """Training users' prompts and verdicts; no other text shapes the tokenizer."""
         loaded = self._loaded(self.training_windows("cold").drop_duplicates("window_id"))
-        options = {"max_items": self.profile.max_items, "pseudonym_key": self.pseudonym_key}
+        options = {**self.prompt_options, "pseudonym_key": self.pseudonym_key}
+        sure = {"confidence": 0.5 if self.profile.confidence else None}
         return [text for window in loaded for text in (
             *(message["content"] for message in prompts.window_messages(window, **options)),
-            prompts.target_verdict(window, **options))]
+            prompts.target_verdict(window, **options | sure))]
 
     def run(self, method: str) -> RunFolder:
         """Return the complete run of "sft", "sft_all", "ppo" or "grpo"; train it if it is not.
@@ -346,7 +363,7 @@ class Study:
     def _completed(self, method: str, settings, *, exhibit: bool = False) -> RunFolder:
         check_device(self.profile)
         configuration = {"settings": asdict(settings), "policy": asdict(self.profile.policy),
-                         "max_items": self.profile.max_items, "samples": self._prepared,
+                         **self.prompt_options, "samples": self._prepared,
                          "base": Path(self.base_policy).name}
         if method != "sft":
             configuration["start"] = self.run("sft").name
@@ -375,12 +392,10 @@ class Study:
         with ResourceMonitor() as monitor:
             if method in recipes.METHODS:
                 earlier = [step]  # rows behind the resumed step are dropped, once
-                held_out = _HeldOutLog(folder.path / "held_out.jsonl", resumed_step=step)
                 trained = recipes.METHODS[method](
                     start, folder.path, self.rows(self.training_windows("rl")), settings,
                     self.profile.policy, held_out=watched,
                     evaluate_every=max(1, settings.steps // (4 if exhibit else 6)),
-                    on_held_out=held_out.write,
                     on_completions=lambda rows: folder.add_completions(
                         rows, resumed_step=earlier.pop() if earlier else None))
             else:
@@ -492,6 +507,14 @@ class Study:
         return evaluation.evaluate(judged, self.truth, self.sample(split), seed=self.seed,
                                    budgets=settings.alert_budgets, resamples=settings.bootstrap)
 
+    def best_possible(self, *, split: str = "dev") -> pd.DataFrame | None:
+        """Return what the best rule says about a split's sample; None where no truth is known."""
+        _check_split(split)
+        release = _release(self.profile, self.seed, self.data, self.runs)
+        if not (release / "truth").is_dir():
+            return None
+        return evaluation.best_possible(release, self.truth, self.sample(split), split=split)
+
     def costs(self, detector: str) -> Mapping[str, float]:
         """Return what a detector cost: seconds, peak memory in bytes, tokens, completions."""
         if detector in POLICIES:
@@ -507,17 +530,6 @@ def _check_split(split: str) -> None:
 def replace_seed(settings, seed: int):
     """Return RL settings under the study's seed; SFT settings, which have none, as they are."""
     return replace(settings, seed=seed) if "seed" in vars(settings) else settings
-
-
-class _HeldOutLog:
-    """held_out.jsonl: the dev slice as training goes on, cut back to the resumed step."""
-
-    def __init__(self, path: Path, *, resumed_step: int):
-        self.path = path
-        cut_rows(path, resumed_step)
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        append_row(self.path, {"step": step, **{key: values[key] for key in sorted(values)}})
 
 
 def open_study(profile: str, seed: int = 0, data: str = "", runs: str = "../runs") -> Study:

@@ -255,13 +255,14 @@ def _facts_line(title: str, names: Collection[str], values: dict) -> str:
 
 def window_messages(window: Window, *, max_items: int = MAX_ITEMS,
                     pseudonym_key: str | None = SIMULATED_KEY, style: str = "evidence_first",
-                    list_features: bool = False) -> list[dict]:
+                    confidence: bool = False, list_features: bool = False) -> list[dict]:
     """Return the system and user message of a window; `pseudonym_key=None` keeps real names.
 
     The user message has one line on the account and whether it is a weekend, one on its past, one
     on its last seven days, then one line per item. Neither date nor weekday is told: in the key of
-    r4.2 all incidents of scenario 3 begin on a Thursday, which is no behaviour. `list_features`
-    adds the vocabulary to the system message, for a policy without a cold start.
+    r4.2 all incidents of scenario 3 begin on a Thursday, which is no behaviour. `confidence` asks
+    for it in the verdict; `list_features` adds the vocabulary to the system message, for a policy
+    without a cold start.
     """
     window = keep_items(window, max_items)
     account, codes = _codes(window, pseudonym_key)
@@ -272,7 +273,7 @@ def window_messages(window: Window, *, max_items: int = MAX_ITEMS,
     lines += [item_line(item, codes) for item in window.evidence]
     if window.dropped:
         lines.append(f"{int(window.dropped)} more left out")
-    system = format_section(style=style, list_features=list_features)
+    system = format_section(style=style, confidence=confidence, list_features=list_features)
     return [{"role": "system", "content": system}, {"role": "user", "content": "\n".join(lines)}]
 
 
@@ -323,13 +324,15 @@ def without_items(messages: Sequence[dict], ids: Collection[str]) -> list[dict]:
 
 
 def target_verdict(window: Window, *, risk: str | None = None, max_items: int = MAX_ITEMS,
-                   pseudonym_key: str | None = SIMULATED_KEY, style: str = "evidence_first") -> str:
+                   pseudonym_key: str | None = SIMULATED_KEY, style: str = "evidence_first",
+                   confidence: float | None = None) -> str:
     """Return an honest reference verdict from the truth, for the cold start.
 
     It cites up to three true items that the prompt shows, names two or three oracle features, and
     its basis repeats time, kind and host of what it cites. `risk` overrides the label for a noisy
     demonstration, and the rest follows the wrong label as a mistaken analyst's would: a day called
     normal cites nothing, and a normal day that is flagged cites the item that stands out most.
+    `confidence` is stated as it is given.
     """
     window = keep_items(window, max_items)
     said = window.risk if risk is None else risk
@@ -348,7 +351,8 @@ def target_verdict(window: Window, *, risk: str | None = None, max_items: int = 
     if style == "think":
         thought = "The day shows " + (", ".join(evidence) or "routine only") + "."
     return render_verdict(evidence=evidence, features=_say_features(window.features, said),
-                          basis=basis + ".", risk=said, style=style, thought=thought)
+                          basis=basis + ".", risk=said, style=style, thought=thought,
+                          confidence=confidence)
 
 
 def _reason(item: Evidence, codes: dict[str, str]) -> str:
@@ -368,17 +372,19 @@ def _say_features(oracle: Sequence[str], said: str) -> list[str]:
 
 def prompt_dataset(windows: Iterable[Window], *, max_items: int = MAX_ITEMS,
                    pseudonym_key: str | None = SIMULATED_KEY, style: str = "evidence_first",
-                   list_features: bool = False,
+                   confidence: bool = False, list_features: bool = False,
                    count_tokens: Callable[[list[dict]], int] | None = None,
                    budget: int | None = None) -> list[dict]:
     """Return one row per window: the prompt and the columns that the reward functions receive.
 
     Columns: prompt, window_id, user, day, label, evidence_ids, evidence_truth, dont_care,
-    feature_truth, item_text (id -> line), style. Ids are those of items the prompt shows. With
-    `count_tokens` and `budget` windows are cut to the budget first (`fit_budget`).
+    feature_truth, item_text (id -> line), style, confidence (whether it is asked for). Ids are
+    those of items the prompt shows. With `count_tokens` and `budget` windows are cut to the budget
+    first (`fit_budget`).
     """
     rows = []
-    options = {"pseudonym_key": pseudonym_key, "style": style, "list_features": list_features}
+    options = {"pseudonym_key": pseudonym_key, "style": style, "confidence": confidence,
+               "list_features": list_features}
     for whole in windows:
         window = keep_items(whole, max_items)
         if count_tokens is not None and budget is not None:
@@ -393,6 +399,6 @@ def prompt_dataset(windows: Iterable[Window], *, max_items: int = MAX_ITEMS,
             "dont_care": [item.id for item in window.evidence if item.dont_care],
             "feature_truth": list(window.features),
             "item_text": {item.id: item_line(item, codes) for item in window.evidence},
-            "style": style,
+            "style": style, "confidence": confidence,
         })
     return rows

@@ -30,6 +30,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from ueba_helpers.data.windows import KIND_WORTH
 from ueba_helpers.errors import UserError
 from ueba_helpers.task.prompts import ITEM_ID, USUAL_FEATURES
 from ueba_helpers.task.verdicts import (
@@ -169,17 +170,29 @@ def verdicts_of(completions: Sequence[Completion], evidence_ids: Sequence[Sequen
 
 # --- one verdict against the truth of its window -------------------------------------------------
 
-def evidence_f1(said: str, cited: Sequence[str], truth: Sequence[str],
-                dont_care: Sequence[str] = ()) -> float:
+def evidence_hit_rate(cited: Sequence[str], truth: Sequence[str]) -> float:
+    """Return the share of the true items that are cited, in [0, 1]; NaN if there are none.
+
+    This measures and pays nothing: citing everything would earn 1.
+
+    >>> evidence_hit_rate(["e1", "e9"], ["e1", "e3"])
+    0.5
+    """
+    true = set(truth)
+    return len(set(cited) & true) / len(true) if true else math.nan
+
+
+def evidence_credit(said: str, cited: Sequence[str], truth: Sequence[str],
+                    dont_care: Sequence[str] = ()) -> float:
     """Return the F1 of the cited items, in [0, 1]; don't-care items are not counted.
 
     Recall counts up to `ENOUGH_EVIDENCE` true items, since a verdict is short. Where nothing is
     to be cited (normal days) the empty set earns 1 if the day is called normal, and any citation
     or any alarm earns 0: an alarm must cite. A day called normal has nothing to cite: 0.
 
-    >>> evidence_f1("malicious", ["e1", "e2"], ["e1"])
+    >>> evidence_credit("malicious", ["e1", "e2"], ["e1"])
     0.6666666666666666
-    >>> evidence_f1("normal", [], []), evidence_f1("suspicious", [], [])
+    >>> evidence_credit("normal", [], []), evidence_credit("suspicious", [], [])
     (1.0, 0.0)
     """
     counted = set(cited) - (set(dont_care) - set(truth))
@@ -193,8 +206,8 @@ def evidence_f1(said: str, cited: Sequence[str], truth: Sequence[str],
     return 2 * precision * recall / (precision + recall)
 
 
-def evidence_score(said: str, cited: Sequence[str], truth: Sequence[str], shown: Sequence[str],
-                   dont_care: Sequence[str] = ()) -> float:
+def evidence_beyond_chance(said: str, cited: Sequence[str], truth: Sequence[str],
+                           shown: Sequence[str], dont_care: Sequence[str] = ()) -> float:
     """Return the F1 of the cited items, but no more than chance leaves over, in [-1, 1].
 
     The bound is an informedness (Youden 1950; Powers, arXiv:2010.16061): recall minus a cost per
@@ -205,12 +218,12 @@ def evidence_score(said: str, cited: Sequence[str], truth: Sequence[str], shown:
     nothing is to be cited there is nothing to tell apart, and the F1 stands. Who calls the day
     normal and cites all the same earns at most 0.
 
-    >>> evidence_score("malicious", ["e1"], ["e1"], ["e1", "e2", "e3"])
+    >>> evidence_beyond_chance("malicious", ["e1"], ["e1"], ["e1", "e2", "e3"])
     1.0
-    >>> evidence_score("malicious", ["e1", "e2", "e3"], ["e1"], ["e1", "e2", "e3"])
+    >>> evidence_beyond_chance("malicious", ["e1", "e2", "e3"], ["e1"], ["e1", "e2", "e3"])
     0.0
     """
-    f1 = evidence_f1(said, cited, truth, dont_care)
+    f1 = evidence_credit(said, cited, truth, dont_care)
     innocent = set(shown) - set(dont_care) - set(truth)
     if not truth or not innocent:
         return f1
@@ -221,14 +234,14 @@ def evidence_score(said: str, cited: Sequence[str], truth: Sequence[str], shown:
     return min(f1, max(-1.0, recall - cost * len(cited & innocent)))
 
 
-def feature_agreement(said: Sequence[str], oracle: Sequence[str]) -> float:
+def feature_credit(said: Sequence[str], oracle: Sequence[str]) -> float:
     """Return the weighted F1 of the named features against the oracle's, in [0, 1].
 
     Features that say "as always" weigh a quarter, so that naming what is true of everybody cannot
     stand in for naming what is odd. Recall counts the oracle's four weightiest, as many as a
     verdict can hold.
 
-    >>> feature_agreement(["usual_hours", "usual_web"], ["usual_hours", "usual_web"])
+    >>> feature_credit(["usual_hours", "usual_web"], ["usual_hours", "usual_web"])
     1.0
     """
     said, oracle = set(said), set(oracle)
@@ -249,7 +262,8 @@ _CLAIM = re.compile(r"(?<![\w:])[0-9]{1,2}:[0-9]{2}(?![\w:])|\bpc-?[0-9]+\b"
                     r"|(?<![\w:.%-])x?[0-9]+(?![\w:%]|\.[0-9])", re.IGNORECASE)
 
 
-_ID = re.compile(rf"\b{ITEM_ID}\b")
+_ID = re.compile(rf"\b({ITEM_ID})\b")
+_KIND = re.compile(rf"\b(?:{'|'.join(KIND_WORTH)})\b")
 
 
 @functools.lru_cache(maxsize=32_768)
@@ -261,6 +275,25 @@ def claims(text: str) -> frozenset[str]:
     """
     found = (match.lower() for match in _CLAIM.findall(text))
     return frozenset(claim.removeprefix("x").replace("pc-", "pc") for claim in found)
+
+
+@functools.lru_cache(maxsize=32_768)
+def attributed(basis: str) -> Mapping[str, tuple[frozenset[str], frozenset[str]]]:
+    """Return the claims and the kinds of item that a basis states of each id it names.
+
+    A statement belongs to the id it follows. What stands before the first id is stated of no item
+    in particular and has the key "".
+
+    >>> {name: sorted(of | kinds) for name, (of, kinds) in attributed("e3 22:14 file; e7").items()}
+    {'e3': ['22:14', 'file'], 'e7': []}
+    """
+    before, *rest = _ID.split(basis)
+    said = {"": before}
+    for identity, text in zip(rest[::2], rest[1::2], strict=True):
+        said[identity] = f"{said.get(identity, '')} {text}"
+    found = {identity: (claims(text), frozenset(_KIND.findall(text.lower())))
+             for identity, text in said.items()}
+    return {identity: parts for identity, parts in found.items() if identity or any(parts)}
 
 
 def baseless_numbers(text: str, cited: Sequence[str]) -> int:
@@ -278,30 +311,51 @@ def basis_support(verdict: Verdict, item_text: Mapping[str, str | None], truth: 
                   dont_care: Sequence[str] = ()) -> float:
     """Return how well the basis states true items that the verdict cites, in [0, 1].
 
-    The share of its times, hosts and counts that stand in the cited lines (no other number and no
-    id that is not cited stands in any), times the mean over the counted citations of what it states
-    of each: 1 for a true item with its time, `COUNT_WEIGHT` for one with only its count (a small
-    number is soon guessed), 0 for one with its host alone (most items share it) and for a false
-    item. Don't-care items are not counted. A basis is worth no more than the citations it rests on
-    (`evidence_score`): reciting the whole window earns 0. Without claims it earns 1 if the verdict
-    cites nothing, calls the day normal and nothing was to be cited; else 0, and so does any
+    The share of its times, hosts and counts that stand in the line of the cited item they are
+    stated of (`attributed`; before the first id in any cited line), times the mean over the counted
+    citations of what it states of each: 1 for a true item with its time, `COUNT_WEIGHT` for one
+    with only its count (a small number is soon guessed), 0 for one with its host alone (most items
+    share it) and for a false item. Any other number, an id that is not cited and a kind of item
+    that is not that item's count as claims that stand nowhere; a right kind counts as none, since
+    there are few. So a basis that gives two items each other's times or kinds loses. Don't-care
+    items are not counted. A basis is worth no more than the citations it rests on
+    (`evidence_beyond_chance`): reciting the whole window earns 0. Without claims it earns 1 if the
+    verdict cites nothing, calls the day normal and nothing was to be cited; else 0, and so does any
     citation where nothing was to be cited.
+
+    Words that are neither are not read: an invented story around true times is not told apart.
     """
-    named, baseless = claims(verdict.basis), baseless_numbers(verdict.basis, verdict.evidence)
+    baseless = baseless_numbers(verdict.basis, verdict.evidence)
     if not verdict.evidence:
-        return float(not named and not baseless and not truth and verdict.risk == "normal")
+        return float(not claims(verdict.basis) and not baseless and not truth
+                     and verdict.risk == "normal")
     counted = set(verdict.evidence) - (set(dont_care) - set(truth))
-    if not named or not truth or not counted:
+    if not claims(verdict.basis) or not truth or not counted:
         return 0.0
     shown = [identity for identity, line in item_text.items() if line is not None]
-    worth = evidence_score(verdict.risk, verdict.evidence, truth, shown, dont_care)
+    worth = evidence_beyond_chance(verdict.risk, verdict.evidence, truth, shown, dont_care)
     if worth <= 0:
         return 0.0
-    lines = {identity: claims(item_text.get(identity) or "") for identity in verdict.evidence}
-    backed = named.intersection(frozenset().union(*lines.values()))
-    stated = sum(max((_fact_weight(claim) for claim in named & lines[identity]), default=0.0)
-                 for identity in counted.intersection(truth))
-    return min(worth, len(backed) / (len(named) + baseless) * stated / len(counted))
+    backed, stated, wrong_kinds = _stated(verdict, item_text)
+    total = sum(len(named) for named, _ in attributed(verdict.basis).values())
+    facts = sum(max((_fact_weight(claim) for claim in stated[identity]), default=0.0)
+                for identity in counted.intersection(truth))
+    return min(worth, backed / (total + baseless + wrong_kinds) * facts / len(counted))
+
+
+def _stated(verdict: Verdict, item_text: Mapping[str, str | None]
+            ) -> tuple[int, dict[str, set[str]], int]:
+    """Return how many claims stand where they should, which of each item, how many kinds do not."""
+    lines = {identity: item_text.get(identity) or "" for identity in verdict.evidence}
+    stated: dict[str, set[str]] = {identity: set() for identity in lines}
+    backed = wrong_kinds = 0
+    for identity, (named, kinds) in attributed(verdict.basis).items():
+        about = [identity] if identity in lines else [] if identity else list(lines)
+        for one in about:
+            stated[one] |= named & claims(lines[one])
+        backed += sum(any(claim in claims(lines[one]) for one in about) for claim in named)
+        wrong_kinds += len(kinds.difference(*(lines[one].split()[2:3] for one in about)))
+    return backed, stated, wrong_kinds
 
 
 def _fact_weight(claim: str) -> float:
@@ -347,9 +401,10 @@ def ueba_evidence(completions: Sequence[Completion], *, evidence_ids: Sequence[S
         if not verdict.valid:
             rewards.append(0.0)
             continue
-        cited = evidence_score(verdict.risk, verdict.evidence, evidence_truth[i], evidence_ids[i],
-                               dont_care[i] if dont_care is not None else ())
-        named = feature_agreement(verdict.features, feature_truth[i])
+        cited = evidence_beyond_chance(
+            verdict.risk, verdict.evidence, evidence_truth[i], evidence_ids[i],
+            dont_care[i] if dont_care is not None else ())
+        named = feature_credit(verdict.features, feature_truth[i])
         rewards.append(EVIDENCE_SHARE * cited + (1 - EVIDENCE_SHARE) * named)
     return rewards
 
@@ -557,6 +612,10 @@ REWARD_SETS: dict[str, tuple[tuple[RewardFunction, float], ...]] = {
     "ueba_calibrated": (*UEBA_TERMS, (ueba_brier, 0.1)),
     "ueba_think": (*UEBA_TERMS, (think_language, 0.05), (think_length, 0.1)),
 }
+
+# What the prompts have to ask for where a set scores it, by columns of `prompts.prompt_dataset`.
+ASKED: dict[str, tuple[str, object]] = {"ueba_calibrated": ("confidence", True),
+                                        "ueba_think": ("style", "think")}
 
 # What a policy may be trained on: the sets, and for exhibits each broken reward by itself.
 TRAINABLE: dict[str, tuple[tuple[RewardFunction, float], ...]] = {

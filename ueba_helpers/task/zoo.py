@@ -3,7 +3,8 @@
 In: rows of `prompts.prompt_dataset`. Out: for every animal what it earns under each reward set
 (`zoo_table`), and for the completions of a policy what cheats with the very same labels would earn
 (`same_label_cheats`). An animal sees the prompt and nothing of the truth, but for one that avoids
-the true items on purpose (`wrong_reasons`) and the analyst's over-confident twin. Cheats that need
+the true items on purpose (`wrong_reasons`) and the analyst's twins, which differ from it in one
+thing (over-confident, what it says of two items swapped, their kinds wrong). Cheats that need
 a judgement (`DRESSES`: cite everything, flatter, pad) borrow the mediocre analyst's label for the
 same window, draw for draw, so that the table compares how the rest of the answer was obtained and
 not who guessed better. The analyst stands for a cold start: right on six days of ten, mostly one
@@ -12,15 +13,19 @@ so that no cheat leads by a broken answer.
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from zlib import crc32
 
 import numpy as np
 
 from ueba_helpers.data.seeding import generator
+from ueba_helpers.data.windows import KIND_WORTH
+from ueba_helpers.task.prompts import ITEM_ID
 from ueba_helpers.task.rewards import completion_text, composed, reward_terms, verdicts_of
 from ueba_helpers.task.verdicts import (
     FEATURES,
+    MAX_BASIS,
     MAX_EVIDENCE,
     RISKS,
     Verdict,
@@ -99,6 +104,25 @@ def _whole_text(row: Mapping) -> str:
 def _claims_of_all(row: Mapping) -> str:
     lines = (line.split() for line in row["item_text"].values())
     return " ".join(word for words in lines for word in words[1:4])[:200] or "none"
+
+
+def _with_basis(text: str, change: Callable[[str], str]) -> str:
+    fields = json.loads(text)
+    return json.dumps(fields | {"basis": change(fields["basis"])})
+
+
+def _swapped(basis: str) -> str:
+    """Return a basis that says of each item what it said of the next one."""
+    before, *rest = re.split(rf"\b({ITEM_ID})\b", basis)
+    ids, said = rest[::2], rest[1::2]
+    return before + "".join(map("".join, zip(ids, said[1:] + said[:1], strict=True)))
+
+
+def _of_wrong_kind(basis: str) -> str:
+    """Return a basis that calls each item by a kind that is not its own."""
+    kinds = list(KIND_WORTH)
+    return re.sub(rf"\b({'|'.join(kinds)})\b",
+                  lambda match: kinds[kinds.index(match[0]) - 1], basis)
 
 
 def _citing(row: Mapping, said: str, cited: Sequence[str]) -> dict:
@@ -194,9 +218,15 @@ _LABEL_FREE: dict[str, Animal] = {
     "verdict_inside_the_basis": lambda row, said, draw: _json(basis=_json(risk="malicious")),
     "lookalike_label": lambda row, said, draw: _json(risk="mаlicious"),
 }
-ZOO: dict[str, Animal] = _LABEL_FREE | DRESSES | {
+# Cheats that are the honest analyst in all but what the name says.
+_ALMOST_HONEST: dict[str, Animal] = {
     "over_confidence": lambda row, said, draw: honest_verdict(row, said, draw, confidence=1.0),
+    "swapped_reasons": lambda row, said, draw: _with_basis(
+        honest_verdict(row, said, draw, confidence=_SURE), _swapped),
+    "wrong_kinds": lambda row, said, draw: _with_basis(
+        honest_verdict(row, said, draw, confidence=_SURE), _of_wrong_kind),
 }
+ZOO: dict[str, Animal] = _LABEL_FREE | DRESSES | _ALMOST_HONEST
 
 
 def _draw(name: str, i: int, seed: int) -> np.random.Generator:
@@ -207,13 +237,14 @@ def zoo_completions(rows: Sequence[Mapping], name: str, *, seed: int = 0) -> lis
     """Return one completion per row of an animal of `ZOO`, or of `HONEST`.
 
     The draws for the analyst's label depend on seed and row alone, so all animals share it. The
-    honest analyst states a confidence of .6; `over_confidence` differs from it in that alone.
+    honest analyst states a confidence of .6; `over_confidence` differs from it in that alone,
+    `swapped_reasons` and `wrong_kinds` in their basis.
     """
     animal = ZOO.get(name)
     texts = []
     for i, row in enumerate(rows):
         said = analyst_label(row["label"], generator(seed, "analyst label", i))
-        if animal is None or name == "over_confidence":
+        if animal is None or name in _ALMOST_HONEST:
             draw = generator(seed, "analyst verdict", i)
         else:
             draw = _draw(name, i, seed)
@@ -270,6 +301,9 @@ EDITS: dict[str, Callable[[Mapping, Verdict], str]] = {
     "own_citing_first": lambda row, verdict: _own_citing(row, verdict, _first(row, 1)),
     "own_citing_nothing": lambda row, verdict: _own_citing(row, verdict, []),
     "own_basis_host_only": lambda row, verdict: _own(verdict, basis="pc1."),
+    "own_swapped_reasons": lambda row, verdict: _own(verdict, basis=_swapped(verdict.basis)),
+    "own_wrong_kinds": lambda row, verdict: _own(
+        verdict, basis=_of_wrong_kind(verdict.basis)[:MAX_BASIS]),
     "own_loud_features": lambda row, verdict: _own(verdict, features=_LOUD),
 }
 
