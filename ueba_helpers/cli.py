@@ -115,7 +115,8 @@ def _parser() -> argparse.ArgumentParser:
     ingest.add_argument("--allow-truncated", action="store_true",
                         help="put a last row that is cut into quarantine, instead of stopping")
     ingest.add_argument("--allow-partial", action="store_true",
-                        help="read logs that lack events of the answer key, instead of stopping")
+                        help="read logs that lack events of the answer key, and a key that lacks "
+                             "the file of an insider it lists, instead of stopping")
     ingest.add_argument("--json", action="store_true", help="print the manifest as JSON")
 
     estimate = _command(commands, "estimate", _estimate, "say how long a profile will take and "
