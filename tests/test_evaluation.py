@@ -197,7 +197,7 @@ def test_flagged_shares_weigh_each_benign_day_by_the_days_it_stands_for():
     joined["b"] = joined["a"].assign(risk="malicious")
     table = evaluation.flagged_shares(joined, reason)
     assert list(table.index) == ["nothing unusual", "late"] and table.index.name == "reason"
-    assert table["days"].tolist() == [20.0, 10.0]
+    assert table["days"].tolist() == [20.0, 10.0] and table["sampled"].tolist() == [2, 2]
     assert table["a"].tolist() == pytest.approx([0.25, 0.1])
     assert table["b"].tolist() == [1.0, 1.0]
     late = joined["a"].iloc[:2]

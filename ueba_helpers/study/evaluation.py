@@ -380,8 +380,9 @@ def flagged_shares(joined: Mapping[str, pd.DataFrame], reason: pd.Series) -> pd.
 
     `joined` maps detectors to tables of `join` for one sample; `reason` has windows in its index,
     and one it lacks has the reason "nothing unusual". One row per reason, most days first: a column
-    per detector (share at natural weights) and days (benign account-days that the sample stands
-    for). Raises `UserError` for a window with two reasons and for tables of different windows.
+    per detector (share at natural weights), days (benign account-days that the sample stands for)
+    and sampled (those it holds: of few, a share says little). Raises `UserError` for a window with
+    two reasons and for tables of different windows.
     """
     if not joined:
         raise UserError("flagged_shares needs the rows of at least one detector.")
@@ -395,8 +396,8 @@ def flagged_shares(joined: Mapping[str, pd.DataFrame], reason: pd.Series) -> pd.
         days = benign["weight_natural"].groupby(why).sum()
         alarms = benign["weight_natural"].where(benign["risk"] == MALICIOUS, 0.0)
         shares[detector] = alarms.groupby(why).sum() / days
-    return pd.DataFrame(shares).assign(days=days).sort_values("days", ascending=False,
-                                                              kind="stable")
+    return pd.DataFrame(shares).assign(days=days, sampled=why.groupby(why).size()).sort_values(
+        "days", ascending=False, kind="stable")
 
 
 # --------------------------------------------------------------------------- what was cited

@@ -93,7 +93,8 @@ def prepare_data(chosen: Profile, seed: int, data: str, runs: str, *,
     say("auditing")
     manifest = windows.read_manifest(home / "windows")
     audit = _audit(home, chosen, table, assigned, manifest, release, seed)
-    warnings = [*lacking(ingested), *ingested["warnings"], *manifest["warnings"], *splits.complaints(audit)]
+    warnings = [*lacking(ingested), *ingested["warnings"], *manifest["warnings"],
+                *splits.complaints(audit)]
     sys.stderr.writelines(f"warning: {line}\n" for line in warnings)
     write_json(home / "samples.json", {"settings": settings, "counts": counts,
                                        "release": str(release), "warnings": warnings,
