@@ -175,6 +175,19 @@ def test_several_seeds_that_agree_speak_of_the_methods():
     assert (back["better"], back["sentence"][:27]) == ("grpo", "**GRPO is better than PPO**")
 
 
+def test_several_seeds_on_real_data_need_their_shared_test_users_to_agree(monkeypatch):
+    seeds, unsure = ((0.60, 0.50), (0.61, 0.50), (0.62, 0.53)), difference(0.1, -0.1, 0.3,
+                                                                          "inconclusive")
+    agreed = ruled(*seeds, simulated=False)
+    assert agreed["better"] == "ppo" and "which share their test users" in agreed["sentence"]
+    alone = ruled(*seeds, over_users=unsure, simulated=False)
+    assert (alone["verdict"], alone["better"]) == ("inconclusive", None)
+    simulated = ruled(*seeds, over_users=unsure)  # each seed has drawn its own
+    assert simulated["better"] == "ppo" and "share" not in simulated["sentence"]
+    monkeypatch.setattr(comparison, "_confirmed", lambda found, *_: found)
+    assert ruled(*seeds, over_users=unsure, simulated=False)["better"] == "ppo", "the broken twin"
+
+
 def test_several_seeds_speak_for_seeds_whatever_one_seed_said():
     found = ruled((0.60, 0.50), (0.50, 0.55), (0.52, 0.50))
     gaps = np.array([0.10, -0.05, 0.02])

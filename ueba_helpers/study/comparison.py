@@ -19,6 +19,7 @@ headline, a study without a verdict, and a verdict on another table than the one
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -174,7 +175,8 @@ def verdict(pooled: pd.DataFrame, over_users: Difference, from_start: Mapping[st
     `pooled` comes from `pool`; `over_users` is PPO minus GRPO on the test users of this study's
     seed, and `from_start` maps both to their differences from `sft`, where they began. With two or
     more seeds all intervals are Student's over seeds and the verdict is about the methods; with one
-    they are bootstraps over users and it is about two runs, so `better` names no method.
+    they are bootstraps over users and it is about two runs, so `better` names no method. Seeds on
+    real data share their test users, so there better and worse need the interval over users too.
 
     Nothing is concluded if, at any seed, fewer than `LEAST_VALID` of the verdicts of one of them
     are valid, or fewer than `LEAST_INCIDENTS` incidents are judged. Nor are two called equivalent
@@ -186,14 +188,15 @@ def verdict(pooled: pd.DataFrame, over_users: Difference, from_start: Mapping[st
         return compare_seeds(pooled[a], pooled[b], metric="macro_f1", margin=at_one_seed.margin,
                              level=at_one_seed.level) if several else at_one_seed
 
-    found = difference("ppo", "grpo", over_users)
+    found = _confirmed(difference("ppo", "grpo", over_users), over_users, simulated)
     moves = {name: difference(name, "sft", from_start[name]) for name in ("ppo", "grpo")}
     reasons = _why_inconclusive(pooled, found, moves)
     ruling = "inconclusive" if reasons else found.verdict
     said = _SAID["methods" if several else "runs"][ruling]
     means = pooled.mean()
     seeds = ", ".join(map(str, pooled.index))
-    covers = (f"over the seeds {seeds}, sign-flip p = {found.p_seeds:.3f}" if several else
+    shared = "" if simulated else ", which share their test users"
+    covers = (f"over the seeds {seeds}{shared}, sign-flip p = {found.p_seeds:.3f}" if several else
               f"over the test users of the one seed {seeds}; how training seeds differ is not "
               "covered")
     sentence = (
@@ -230,22 +233,33 @@ def against_rivals(tables: Mapping[int, pd.DataFrame],
     """
     several = len(tables) > 1
     found = corrected([_over_seeds(tables, pair, one) if several else one
-                                  for pair, one in over_users.items()])
+                       for pair, one in over_users.items()])
     few = min(int(table[_BESIDE].min()) for table in tables.values()) < LEAST_INCIDENTS
     rulings, rows = {}, []
     for (pair, alone), one in zip(over_users.items(), found, strict=True):
-        alike = simulated or one.verdict == alone.verdict or one.verdict == "equivalent"
-        rulings[pair] = one.verdict if alike and not few else "inconclusive"
+        rulings[pair] = "inconclusive" if few else _confirmed(one, alone, simulated).verdict
         rows.append({"method": pair[0], "rival": pair[1], **_plain(_numbers(one)),
                      "p": plain(float(one.p)), "verdict": rulings[pair]})
     seeds = ", ".join(map(str, sorted(tables)))
     numbers = "; ".join(f"{_NAMES[a]} minus {_NAMES[b]} {one.value:+.3f} [{one.low:+.3f}, "
                         f"{one.high:+.3f}]" for (a, b), one in zip(over_users, found, strict=True))
-    covers = f"over the seeds {seeds}" if several else f"over the test users of seed {seeds}"
+    shared = "" if simulated else ", which share their test users"
+    covers = f"over the seeds {seeds}{shared}" if several else (
+        f"over the test users of seed {seeds}")
     sentence = (f"**{_ruled_together(rulings)}** in macro-F1"
                 + (f" (fewer than {LEAST_INCIDENTS} incidents are judged)" if few else "")
                 + f": {numbers} (95 % intervals {covers}; p is Holm's for {len(found)}).")
     return {"sentence": sentence, "differences": rows}
+
+
+def _confirmed(found: Difference, over_users: Difference, simulated: bool) -> Difference:
+    """Return a difference whose better or worse does not rest on one choice of test users.
+
+    Studies of one real release share their test users, whatever the seed: that others would have
+    been drawn is in no interval over seeds, so the one over users has to say the same.
+    """
+    sure = simulated or found.verdict in (over_users.verdict, "equivalent")
+    return found if sure else replace(found, verdict="inconclusive")
 
 
 def _over_seeds(tables: Mapping[int, pd.DataFrame], pair: tuple[str, str],
