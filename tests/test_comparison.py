@@ -301,7 +301,7 @@ def test_both_methods_meet_both_rivals_in_one_sentence_with_its_numbers():
         "**PPO and GRPO judged worse than SFT on all labels; PPO and GRPO judged worse than "
         "gradient boosting on the same windows** in macro-F1: PPO minus SFT on all labels -0.050 "
         "[-0.080, -0.020]; ")
-    assert "over the test users of seed 0; p is Holm's for 4" in found["sentence"]
+    assert "over the test users of seed 0; verdicts by Holm's p for 4" in found["sentence"]
     json.dumps(found, allow_nan=False)
 
 

@@ -248,7 +248,8 @@ def against_rivals(tables: Mapping[int, pd.DataFrame],
         f"over the test users of seed {seeds}")
     sentence = (f"**{_ruled_together(rulings)}** in macro-F1"
                 + (f" (fewer than {LEAST_INCIDENTS} incidents are judged)" if few else "")
-                + f": {numbers} (95 % intervals {covers}; p is Holm's for {len(found)}).")
+                + f": {numbers} (95 % intervals {covers}; verdicts by "
+                  f"Holm's p for {len(found)}).")
     return {"sentence": sentence, "differences": rows}
 
 
