@@ -15,6 +15,8 @@ PYTHON  ?= $(shell for candidate in python3.11 python3 python3.12 python3.13 pyt
 	$$candidate -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
 	2>/dev/null && { command -v $$candidate; break; }; done)
 STAMP   := $(VENV)/installed-$(shell cat requirements.txt pyproject.toml | cksum | cut -d' ' -f1)
+# Nothing asks the network, unless a profile names a model of the hub: then HF_HUB_OFFLINE=0.
+OFFLINE  = HF_HUB_OFFLINE=$${HF_HUB_OFFLINE:-1}
 PYTEST   = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
@@ -26,7 +28,8 @@ help: ## list these targets
 
 study: $(STAMP) ## run the whole study and write runs/<study>/report.html
 	@$(BIN)/ueba study --profile "$(PROFILE)" --seed "$(SEED)" --data "$(DATA)" --runs "$(RUNS)" \
-		$(if $(ONLY),--only "$(ONLY)") $(if $(FROM),--from "$(FROM)") $(ARGS)
+		$(if $(ONLY),--only "$(ONLY)") $(if $(FROM),--from "$(FROM)") \
+		$(if $(filter-out file,$(origin JOBS)),--jobs "$(JOBS)") $(ARGS)
 
 test: $(STAMP) ## run the suite on a CPU, offline
 	@$(PYTEST) -m "not slow and not gpu" $(ARGS)
@@ -38,7 +41,7 @@ test-gpu: $(STAMP) ## run the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu $(ARGS)
 
 lab: $(STAMP) ## open JupyterLab on the notebooks
-	@JUPYTER_PREFER_ENV_PATH=1 $(BIN)/jupyter lab --notebook-dir=notebooks $(ARGS)
+	@JUPYTER_PREFER_ENV_PATH=1 $(OFFLINE) $(BIN)/jupyter lab --notebook-dir=notebooks $(ARGS)
 
 bench: bench-data bench-rl ## measure everything that benchmarks/README.md reports
 
@@ -49,7 +52,7 @@ bench-rl: $(STAMP) ## measure rollouts and updates
 	@$(BIN)/python benchmarks/bench_rl.py $(ARGS)
 
 learn-check: $(STAMP) ## check over three seeds that PPO and GRPO learn
-	@$(BIN)/python benchmarks/learn_check.py $(ARGS)
+	@$(OFFLINE) $(BIN)/python benchmarks/learn_check.py $(ARGS)
 
 lint: $(STAMP) ## check the style
 	@$(BIN)/ruff check

@@ -30,6 +30,7 @@ from ueba_helpers.task.rewards import ueba_reward
 from ueba_helpers.task.verdicts import RISKS
 
 LEAST_VALID, LEAST_GAIN = 0.97, 0.05
+COMMITTED = "benchmarks/results/learn_check.json"
 
 
 def judged(study: Study, method: str) -> dict:
@@ -52,6 +53,12 @@ def judged(study: Study, method: str) -> dict:
                for risk in RISKS}}
 
 
+def default_out(profile_name: str, runs: str) -> Path:
+    """Return where the result goes: the committed file is of the profile laptop alone."""
+    return Path(COMMITTED) if profile_name == "laptop" else (
+        Path(runs) / f"learn_check-{profile_name}.json")
+
+
 def main() -> int:
     try:
         return _check()
@@ -65,7 +72,8 @@ def _check() -> int:
     parser.add_argument("--profile", default="laptop")
     parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13])
     parser.add_argument("--runs", default="runs")
-    parser.add_argument("--out", default="benchmarks/results/learn_check.json")
+    parser.add_argument("--out", help=f"default: {COMMITTED} for the profile laptop, "
+                        "<runs>/learn_check-<profile>.json for another")
     args = parser.parse_args()
     if len(set(args.seeds)) < 2:
         parser.error("an interval over seeds needs at least two different ones")
@@ -97,8 +105,7 @@ def _check() -> int:
             if metric == "macro_f1":
                 holds[f"{method} gains 0.05"] = mean >= LEAST_GAIN
     result["holds"] = holds
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    write_json(args.out, json.loads(json.dumps(result)))
+    write_json(args.out or default_out(chosen.name, args.runs), json.loads(json.dumps(result)))
     print(json.dumps({"gains": result["gains"], "holds": holds}, indent=2))
     return 0 if all(holds.values()) else 1
 

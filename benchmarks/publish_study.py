@@ -2,11 +2,12 @@
 
     python benchmarks/publish_study.py runs/laptop-seed0-1a2b3c4d
 
-Copies what notebook 07 handed on (comparison.csv, comparison.json, verdict.json) and the runs that
-its table rests on (weights left out) to results/<study>/, draws the figure of the table, and
-replaces the README's answer between its two markers. The numbers and the sentence come from the
-files; nothing is typed. Refused, before anything is written: a study without a verdict, a verdict
-on another table, a run that is not complete, a README without the markers.
+Copies what notebook 07 handed on (comparison.csv, comparison.json, metrics.csv, verdict.json) and
+the runs that its table rests on (weights left out) to results/<study>/, draws the figure of the
+table, and replaces the README's answer between its two markers. The numbers and the sentences come
+from the files; nothing is typed. Refused, before anything is written: a study without a verdict,
+its rivals or its metrics, a verdict on another table, a run that is not complete, a README without
+the markers.
 """
 
 import argparse
@@ -48,6 +49,9 @@ def _publish(study: Path, results: Path, readme: Path) -> None:
     verdict, made_by = comparison.read_verdict(study), comparison.read_made_by(study)
     table = comparison.read_comparison(study)
     runs = [RunFolder(study / name) for name in made_by["runs"]]
+    if "rivals" not in verdict or not (study / comparison.METRICS).exists():
+        raise UserError(f"{study.name} lacks {comparison.METRICS} or the rivals in its verdict: "
+                        "notebook 07 has changed since. Run it with --only 07_comparison --force.")
     unfinished = [run.name for run in runs if not run.complete]
     if unfinished:
         raise UserError(f"{', '.join(unfinished)} is not complete: run the study again.")
@@ -56,17 +60,16 @@ def _publish(study: Path, results: Path, readme: Path) -> None:
         raise UserError(f"{readme} lacks the lines {BEGIN} and {END}, between which the answer "
                         "stands: put them back.")
     target = results / study.name
-    if target.exists():  # of an earlier run of this study: nothing of it is to be taken for this
-        shutil.rmtree(target)
-    target.mkdir(parents=True)
-    for run in runs:
-        publish(run, target)
-    for name in ("comparison.csv", "comparison.json", "verdict.json"):
-        shutil.copyfile(study / name, target / name)
-    axes = figures.interval_plot(table, "macro_f1",
-                                 label="Macro-F1 on the balanced test sample, 95 % interval")
-    axes.figure.savefig(target / "macro_f1.png", dpi=130, bbox_inches="tight")
-    plt.close(axes.figure)
+    with atomic_path(target) as temporary:  # takes the place of an earlier run of this study whole
+        temporary.mkdir()
+        for run in runs:
+            publish(run, temporary)
+        for name in ("comparison.csv", "comparison.json", "verdict.json", comparison.METRICS):
+            shutil.copyfile(study / name, temporary / name)
+        axes = figures.interval_plot(table, "macro_f1",
+                                     label="Macro-F1 on the balanced test sample, 95 % interval")
+        axes.figure.savefig(temporary / "macro_f1.png", dpi=130, bbox_inches="tight")
+        plt.close(axes.figure)
     folder = os.path.relpath(target, readme.parent)
     block = answer(table, verdict, made_by, _commits(runs), folder=Path(folder).as_posix())
     with atomic_path(readme) as temporary:
@@ -96,7 +99,8 @@ def answer(table, verdict: dict, made_by: dict, commits: list[str], *, folder: s
         "sft_all, ppo and grpo begin where sft ends, so theirs come on top. Classical detectors "
         f"cite no evidence. Code of commit {', '.join(commits)}; files in [{folder}]({folder}).")
     figure = f"![Macro-F1 of every detector]({folder}/macro_f1.png)"
-    return "\n".join([BEGIN, verdict["sentence"], "", *lines, "", figure, "", origin, END])
+    return "\n".join([BEGIN, verdict["sentence"], "", verdict["rivals"]["sentence"], "", *lines, "",
+                      figure, "", origin, END])
 
 
 if __name__ == "__main__":

@@ -258,6 +258,29 @@ def toy_notebook(code="x = 1", *, parameters=GOOD_PARAMETERS, outputs=(), count=
                       cell(code, outputs=list(outputs), execution_count=count)]}
 
 
+def opens_the_test(notebook: dict) -> list[str]:
+    """Return what a notebook's code cells ask the study about the split "test"."""
+    code = "\n".join("".join(cell["source"]) for cell in notebook["cells"]
+                     if cell["cell_type"] == "code")
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    return [ast.unparse(call) for call in calls
+            if ast.unparse(call.func).startswith("study.")
+            and any(isinstance(value, ast.Constant) and value.value == "test"
+                   for value in (*call.args, *(one.value for one in call.keywords)))]
+
+
+def test_only_notebook_07_opens_the_test_users_and_only_09_reads_on():
+    opened = {path.stem: opens_the_test(json.loads(path.read_text(encoding="utf-8")))
+              for path in NOTEBOOK_PATHS}
+    assert {name for name, calls in opened.items() if calls} == {"07_comparison",
+                                                                 "09_error_analysis"}
+    assert any(".judged(" in call for call in opened["07_comparison"])
+    assert not any(".judged(" in call for call in opened["09_error_analysis"])
+    for code in ("study.judged('ppo', split='test')", "x = study.sample(\"test\")",
+                 "study.evaluate(names, split='test')"):
+        assert opens_the_test(toy_notebook(code=code)) != [], "the broken twin opens it"
+
+
 def test_a_clean_notebook_passes():
     assert notebook_faults(toy_notebook()) == []
 

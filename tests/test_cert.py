@@ -317,12 +317,12 @@ def test_a_key_that_is_not_the_real_one_stops_the_real_release_only(
 ):
     damage(real_folder)
     with pytest.raises(UserError) as refused:
-        lenient(real_folder, tmp_path / "store")
+        lenient(real_folder, tmp_path / "store", allow_partial=True)
     for word in words:
         assert word in str(refused.value)
     assert not (tmp_path / "store").exists()
     monkeypatch.undo()  # with the true facts this is some other release
-    assert not lenient(real_folder, tmp_path / "store")["real_release"]
+    assert not lenient(real_folder, tmp_path / "store", allow_partial=True)["real_release"]
 
 
 def test_the_two_views_must_not_be_taken_for_each_other(real_folder, tmp_path, monkeypatch):
@@ -376,7 +376,6 @@ def test_answers_beside_the_folder_are_found(tmp_path):
         ("email.csv", "email.csv is missing"),
         ("psychometric.csv", "psychometric.csv is missing"),
         ("answers", "answers/insiders.csv is missing"),
-        ("answers/r4.2-2/r4.2-2-BBB0002.csv", "r4.2-2-BBB0002.csv of insider BBB0002 is missing"),
     ],
 )
 def test_what_is_missing_but_not_needed_is_a_warning(folder, tmp_path, missing, told):
@@ -386,6 +385,17 @@ def test_what_is_missing_but_not_needed_is_a_warning(folder, tmp_path, missing, 
     assert any(told in warning for warning in manifest["warnings"]), manifest["warnings"]
     for name in (*cert.LOGS, *cert.SMALL_TABLES):
         rows_of(tmp_path / "store", f"SELECT count(*) FROM {name}")
+
+
+def test_an_insider_without_an_answer_file_does_not_become_benign_unasked(folder, tmp_path):
+    (folder / "answers" / "r4.2-2" / "r4.2-2-BBB0002.csv").unlink()
+    told = r"r4\.2-2-BBB0002\.csv of insider BBB0002 is missing, so the days count as benign"
+    with pytest.raises(UserError, match=rf"insiders\.csv: {told}.*--allow-partial"):
+        cert.ingest(folder, tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+    manifest = cert.ingest(folder, tmp_path / "store", allow_partial=True)
+    assert any(re.search(told, warning) for warning in manifest["warnings"])
+    assert manifest["insiders"] == {"1": 1, "2": 1, "3": 1}
 
 
 @pytest.mark.parametrize("last, told", [
@@ -1127,7 +1137,7 @@ def test_an_unchanged_store_is_used_again_and_a_changed_one_rebuilt(folder, tmp_
     (store / "events" / "logon" / "bucket=01" / "part-0.parquet").unlink()
     assert again(max_quarantine_share=0.5), "a store that lost a file is built again"
     (folder / "answers" / "r4.2-2" / "r4.2-2-BBB0002.csv").unlink()
-    assert again(max_quarantine_share=0.5)
+    assert again(allow_partial=True)
 
 
 def test_the_same_release_gives_the_same_bytes(folder, tmp_path):

@@ -27,6 +27,9 @@ def compare(study, table):
 
 def fail(study, table): raise RuntimeError("the critic diverged")
 def refuse(study, table): raise UserError("DATA: http.csv: line 7: 4 fields, not 6")
+def refuse_late(study, table):
+    compare(study, table)
+    raise UserError("evaluation.alert_budgets: 5000")
 '''
 
 
@@ -37,8 +40,9 @@ def toy_study(tmp_path, monkeypatch):
     row = dict.fromkeys(COMPARISON_COLUMNS, 0.25) | {"detector": "grpo", "seconds": 60}
     study = runs.study_folder(profile("smoke"), seed=0, data="", runs=tmp_path / "runs")
 
-    def choose(function):
+    def choose(function, **inputs):
         stage = Stage(name="07_comparison", call=f"toy_commands:{function}", limit_seconds=600,
+                      inputs=inputs,
                       parameters={"study": str(study),
                                   "table": pd.DataFrame([row]).to_csv(index=False)})
         monkeypatch.setattr(pipeline, "study_stages", lambda *_, **__: [stage])
@@ -77,7 +81,40 @@ def test_bad_input_inside_a_stage_gives_status_two_and_its_message(toy_study, ca
     arguments, study = toy_study("refuse")
     assert cli.main(arguments) == 2
     assert capsys.readouterr().err == "ueba study: DATA: http.csv: line 7: 4 fields, not 6\n"
-    assert not study.exists()
+    assert not study.parent.exists(), "nor the folder of studies, which was made for this one"
+
+
+def test_a_late_refusal_reports_what_there_is_and_gives_status_two(toy_study, capsys):
+    arguments, study = toy_study("refuse_late")
+    study.mkdir(parents=True)  # earlier stages have been here
+    assert cli.main(arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.err == "ueba study: evaluation.alert_budgets: 5000\n"
+    assert f"report: {study / 'report.html'}" in shown.out
+
+
+def stale_is_told(toy_study, monkeypatch, capsys) -> bool:
+    """Whether a table of an earlier state is shown as such, on the terminal and in the report."""
+    arguments, study = toy_study("compare", code="before")
+    assert cli.main(arguments) == 0
+    fresh = capsys.readouterr().out, (study / "report.html").read_text()
+    arguments, study = toy_study("compare", code="after")
+    monkeypatch.setattr(pipeline, "run_stages", lambda *_, **__: [])  # asked for something else
+    assert cli.main(arguments) == 0
+    stale = capsys.readouterr().out, (study / "report.html").read_text()
+    told = "The table is that of an earlier 07_comparison"
+    assert all("grpo" in text for text in (*fresh, *stale))
+    return all(told in text for text in stale) and not any(told in text for text in fresh)
+
+
+def test_a_table_of_an_earlier_state_is_told_to_be_one(toy_study, monkeypatch, capsys):
+    assert stale_is_told(toy_study, monkeypatch, capsys)
+
+
+def test_a_record_with_any_key_taken_for_current_is_seen(toy_study, monkeypatch, capsys):
+    monkeypatch.setattr(pipeline, "is_current", lambda stage, study, key: bool(
+        pipeline.read_record(study, stage.name).get("key")))
+    assert not stale_is_told(toy_study, monkeypatch, capsys)
 
 
 def test_a_profile_file_is_kept_as_the_study_began_with_it(tmp_path, monkeypatch):
@@ -130,7 +167,15 @@ def test_a_mistake_gives_one_message_and_status_two(arguments, message, capsys, 
     assert message in shown.err
     assert shown.err.startswith(f"ueba {arguments[0]}: ")
     assert "Traceback" not in shown.err
+    assert shown.out == "" or "--runs" in arguments, "not a word before the refusal"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("asked", ["abc", "0", "-2", "1.5"])
+def test_an_impossible_number_of_threads_is_refused_by_name(asked, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert cli.main(["study", "--profile", "smoke", "--runs", str(tmp_path / "runs")]) == 2
+    assert f"OMP_NUM_THREADS='{asked}' is not possible" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [[], ["dance"], ["simulate"], ["study", "--seed", "x"],

@@ -29,7 +29,8 @@ def table(ppo=0.6, grpo=0.5):
 def write_study(runs, name="smoke-seed0-aaaaaaaa", **changes):
     folder = runs / name
     folder.mkdir(parents=True)
-    comparison.write_comparison(folder, table(), made_by={**MADE_BY, **changes}, runs=["ppo-1"])
+    comparison.write_comparison(folder, table(), made_by={**MADE_BY, **changes}, runs=["ppo-1"],
+                                metrics=pd.DataFrame({"metric": ["accuracy"], "value": [0.5]}))
     return folder
 
 
@@ -174,6 +175,19 @@ def test_several_seeds_that_agree_speak_of_the_methods():
     assert (back["better"], back["sentence"][:27]) == ("grpo", "**GRPO is better than PPO**")
 
 
+def test_several_seeds_on_real_data_need_their_shared_test_users_to_agree(monkeypatch):
+    seeds, unsure = ((0.60, 0.50), (0.61, 0.50), (0.62, 0.53)), difference(0.1, -0.1, 0.3,
+                                                                          "inconclusive")
+    agreed = ruled(*seeds, simulated=False)
+    assert agreed["better"] == "ppo" and "which share their test users" in agreed["sentence"]
+    alone = ruled(*seeds, over_users=unsure, simulated=False)
+    assert (alone["verdict"], alone["better"]) == ("inconclusive", None)
+    simulated = ruled(*seeds, over_users=unsure)  # each seed has drawn its own
+    assert simulated["better"] == "ppo" and "share" not in simulated["sentence"]
+    monkeypatch.setattr(comparison, "_confirmed", lambda found, *_: found)
+    assert ruled(*seeds, over_users=unsure, simulated=False)["better"] == "ppo", "the broken twin"
+
+
 def test_several_seeds_speak_for_seeds_whatever_one_seed_said():
     found = ruled((0.60, 0.50), (0.50, 0.55), (0.52, 0.50))
     gaps = np.array([0.10, -0.05, 0.02])
@@ -253,6 +267,111 @@ def test_a_verdict_belongs_to_its_table(tmp_path):
         comparison.read_verdict(folder)
 
 
+# ------------------------------------------------------------ rivals
+
+def p_of(value, p):
+    """Return a difference in macro-F1 over users, clear of zero, with this p."""
+    return Difference("macro_f1", value, value - 0.03, value + 0.03,
+                      "better" if value > 0 else "worse", 0.02, 0.95, "users", 1, float("nan"), p)
+
+
+def against(ps=(0.001, 0.001, 0.001, 0.001), tables=None, simulated=True, incidents=12,
+            values=(-0.05, -0.09, -0.05, -0.09)):
+    pairs = [(name, rival) for name in ("ppo", "grpo") for rival in comparison.RIVALS]
+    tables = tables or {0: rival_table(incidents=incidents)}
+    return comparison.against_rivals(
+        tables, dict(zip(pairs, map(p_of, values, ps), strict=True)), simulated=simulated)
+
+
+def rival_table(ppo=0.78, grpo=0.78, incidents=12, sft_all=0.83, boosting=0.87):
+    return pd.DataFrame({"macro_f1": [ppo, grpo, sft_all, boosting], "incidents": incidents},
+                        index=["ppo", "grpo", *comparison.RIVALS])
+
+
+def ruled_against(found) -> list[str]:
+    return [row["verdict"] for row in found["differences"]]
+
+
+def test_both_methods_meet_both_rivals_in_one_sentence_with_its_numbers():
+    found = against()
+    assert ruled_against(found) == ["worse"] * 4
+    assert [(row["method"], row["rival"]) for row in found["differences"]][:2] == [
+        ("ppo", "sft_all"), ("ppo", "gradient_boosting_same_windows")]
+    assert found["sentence"].startswith(
+        "**PPO and GRPO judged worse than SFT on all labels; PPO and GRPO judged worse than "
+        "gradient boosting on the same windows** in macro-F1: PPO minus SFT on all labels -0.050 "
+        "[-0.080, -0.020]; ")
+    assert "over the test users of seed 0; verdicts by Holm's p for 4" in found["sentence"]
+    json.dumps(found, allow_nan=False)
+
+
+def test_four_differences_must_each_be_surer_than_one_alone(monkeypatch):
+    ps = (0.03, 0.001, 0.04, 0.9)
+
+    def rulings():
+        return ruled_against(against(ps, values=(0.05, 0.05, 0.05, 0.05)))
+
+    assert rulings() == ["inconclusive", "better", "inconclusive", "inconclusive"]
+    found = against(ps)
+    assert [row["p"] for row in found["differences"]] == pytest.approx([0.09, 0.004, 0.09, 0.9])
+    assert "PPO and GRPO could not be told from SFT on all labels" in found["sentence"]
+    assert "PPO judged worse than gradient boosting on the same windows" in found["sentence"]
+    monkeypatch.setattr(comparison, "corrected", list)  # each by itself, as if asked for alone
+    assert rulings() == ["better"] * 4
+
+
+def test_against_rivals_several_seeds_are_students_and_holms(monkeypatch):
+    tables = {seed: rival_table(0.78 + gap, 0.80 - 6 * gap) for seed, gap in (
+        (0, 0.0), (1, 0.004), (2, -0.004))}
+    found = against(tables=tables, values=(0.5, 0.5, 0.5, 0.5))
+    assert ruled_against(found) == ["worse", "worse", "inconclusive", "inconclusive"]
+    first = found["differences"][0]
+    error = 0.004 / 3**0.5
+    assert (first["difference"], first["low"]) == pytest.approx(
+        (-0.05, -0.05 - 4.302652729911275 * error))
+    assert "over the seeds 0, 1, 2" in found["sentence"]
+    monkeypatch.setattr(comparison, "corrected", list)
+    assert ruled_against(against(tables=tables, values=(0.5, 0.5, 0.5, 0.5)))[3] == "worse"
+
+
+def test_seeds_on_real_data_share_their_users_and_need_their_interval_too():
+    tables = {seed: rival_table(0.78 + gap, 0.78 - gap) for seed, gap in (
+        (0, 0.0), (1, 0.002), (2, -0.002))}
+    unsure = [p_of(-0.05, 0.3) for _ in range(4)]
+    unsure = [Difference(**{**vars(one), "verdict": "inconclusive"}) for one in unsure]
+    pairs = [(name, rival) for name in ("ppo", "grpo") for rival in comparison.RIVALS]
+    over_users = dict(zip(pairs, unsure, strict=True))
+    for simulated, ruling in ((True, "worse"), (False, "inconclusive")):
+        found = comparison.against_rivals(tables, over_users, simulated=simulated)
+        assert ruled_against(found) == [ruling] * 4
+
+
+def test_against_rivals_too_few_incidents_decide_nothing():
+    found = against(incidents=9)
+    assert ruled_against(found) == ["inconclusive"] * 4
+    assert "fewer than 10 incidents are judged" in found["sentence"]
+
+
+# ------------------------------------------------------------ what it cost
+
+def bill(sft_all=190.0, unit="cpu_seconds"):
+    costs = {name: {"steps": 1, "tokens": 100.0, unit: seconds, "wall_seconds_training": 1.0}
+             for name, seconds in (("sft", 700.0), ("sft_all", sft_all), ("ppo", 220.0),
+                                   ("grpo", 160.0))}
+    return comparison.equal_compute(costs)
+
+
+def test_sft_on_all_labels_equals_the_mean_of_both_and_neither_of_them():
+    spent, shares, sentence = bill()
+    assert shares["cpu_seconds"].tolist() == pytest.approx([190 / 220, 190 / 160, 1.0])
+    assert list(spent.index) == ["sft", "sft_all", "ppo", "grpo"]
+    assert sentence.startswith("SFT on all labels had equal compute: 1.00 times the mean processor "
+                               "seconds of PPO and GRPO, 0.86 times PPO's, 1.19 times GRPO's")
+    for seconds, word in ((208.0, "had equal"), (210.0, "**not**"), (170.0, "**not**")):
+        assert word in bill(seconds)[2]
+    assert "GPU seconds" in bill(unit="gpu_seconds")[2]
+
+
 # ------------------------------------------------------------ publishing
 
 @pytest.fixture(scope="module")
@@ -268,7 +387,7 @@ def publisher():
 def finished(tmp_path):
     """A finished study with one complete run, one set aside, and a README with the markers."""
     study = write_study(tmp_path / "runs")
-    comparison.write_verdict(study, ruled((0.6, 0.5)))
+    comparison.write_verdict(study, ruled((0.6, 0.5)) | {"rivals": against()})
     for name in ("ppo-1", "ppo-1.previous"):
         (study / name / "policy").mkdir(parents=True)
         (study / name / "policy" / "model.safetensors").write_text("weights")
@@ -298,7 +417,9 @@ def test_publishing_writes_sentence_table_figure_and_origin(publisher, finished)
     assert "simulated data" in text and "`0123456789` with uncommitted changes" in text
     assert str(readme.parent) not in text
     assert {path.name for path in target.iterdir()} == {
-        "ppo-1", "comparison.csv", "comparison.json", "verdict.json", "macro_f1.png"}
+        "ppo-1", "comparison.csv", "comparison.json", "metrics.csv", "verdict.json",
+        "macro_f1.png"}
+    assert "\n\n**PPO and GRPO judged worse than SFT on all labels" in text
     assert not list(target.rglob("*.safetensors"))
     assert published(publisher, study, readme) == 0 and readme.read_text() == text
 
@@ -308,6 +429,8 @@ def test_publishing_writes_sentence_table_figure_and_origin(publisher, finished)
     (lambda study, readme: (study / "comparison.csv").unlink(), "comparison.csv is missing"),
     (lambda study, readme: table(0.9).to_csv(study / "comparison.csv", index=False),
      "belongs to another table"),
+    (lambda study, readme: (study / "metrics.csv").unlink(), "lacks metrics.csv"),
+    (lambda study, readme: comparison.write_verdict(study, ruled((0.6, 0.5))), "lacks metrics.csv"),
     (lambda study, readme: (study / "ppo-1" / "predictions.parquet").unlink(),
      "ppo-1 is not complete"),
     (lambda study, readme: readme.write_text("# Title\n"), "lacks the lines"),

@@ -189,6 +189,23 @@ def test_what_a_reward_scores_can_be_asked_for(tmp_path, asked, rewards):
     assert chosen.ppo.rewards == chosen.grpo.rewards == rewards
 
 
+def test_a_local_checkpoint_is_named_by_its_whole_path_and_has_to_be_there(tmp_path, monkeypatch):
+    def read(name):
+        return profile(_written(tmp_path, f'extends = "smoke"\n[policy]\nname = "{name}"\n'))
+
+    here = tmp_path / "models" / "qwen"
+    here.mkdir(parents=True)
+    for relative in ("models/qwen", "./models/qwen", "../nope", "~/nope"):
+        with pytest.raises(UserError, match=rf"policy\.name is '{relative}'; give the whole path"):
+            read(relative)
+    with pytest.raises(UserError, match=r"policy\.name: .*qwen holds no config\.json"):
+        read(here)
+    (here / "config.json").write_text("{}")
+    monkeypatch.chdir("/")
+    assert read(here).policy.name == str(here)
+    assert read("somebody/some-model").needs_hub
+
+
 def test_the_largest_legal_values_are_taken(tmp_path):
     chosen = profile(_written(tmp_path, (
         'extends = "smoke"\nmemory_limit = "1.5 GiB"\n[windows]\nhistory_days = 30\n'

@@ -197,7 +197,7 @@ def test_flagged_shares_weigh_each_benign_day_by_the_days_it_stands_for():
     joined["b"] = joined["a"].assign(risk="malicious")
     table = evaluation.flagged_shares(joined, reason)
     assert list(table.index) == ["nothing unusual", "late"] and table.index.name == "reason"
-    assert table["days"].tolist() == [20.0, 10.0]
+    assert table["days"].tolist() == [20.0, 10.0] and table["sampled"].tolist() == [2, 2]
     assert table["a"].tolist() == pytest.approx([0.25, 0.1])
     assert table["b"].tolist() == [1.0, 1.0]
     late = joined["a"].iloc[:2]
@@ -783,6 +783,19 @@ def test_differences_looked_at_together_are_corrected_together():
     assert evaluation.corrected(alone[:1])[0] == alone[0], "one alone needs no correction"
     with_gap = evaluation.corrected([found(float("nan"), "inconclusive"), found(0.03, "better")])
     assert np.isnan(with_gap[0].p_users) and with_gap[1].verdict == "inconclusive"
+
+
+def test_over_seeds_students_p_goes_with_students_interval():
+    rng = np.random.default_rng(3)
+    for _ in range(40):
+        found = evaluation.compare_seeds(rng.normal(0.02, 0.01, 4), np.zeros(4))
+        assert found.p == found.p_student and np.isnan(found.p_users)
+        assert (found.p < 0.05) == (found.low > 0 or found.high < 0)
+    both = [evaluation.compare_seeds([0.05, 0.051, 0.056], [0.0, 0.0, 0.0])] * 20
+    assert both[0].verdict == "better" and both[0].p == pytest.approx(0.00130, abs=1e-4)
+    assert {one.verdict for one in evaluation.corrected(both[:5])} == {"better"}
+    assert {one.verdict for one in evaluation.corrected(both * 3)} == {"inconclusive"}
+    assert evaluation.student_p([0.0, 0.0]) == 1 and np.isnan(evaluation.student_p([0.3]))
 
 
 def test_a_paired_difference_takes_ranking_and_insider_metrics_and_refuses_unknown_ones():

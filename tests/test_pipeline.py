@@ -462,6 +462,19 @@ def test_a_failing_notebook_is_kept_under_another_name_and_named_by_cell(
     assert read_record(study, "01_toy")["key"] is None
 
 
+def test_bad_input_inside_a_notebook_is_told_as_such(tmp_path, study, environment):
+    (study / "notebooks").mkdir(parents=True)
+    raised = "from ueba_helpers.errors import UserError", "raise UserError('rows: no windows')"
+    lines = []
+    outcome, = run_stages([write_notebook(tmp_path / "01_toy.ipynb", *raised)], study=study,
+                          environment=environment, tell=lines.append)
+    assert outcome.user_error and outcome.message.startswith("rows: no windows in code cell 4 of 4")
+    assert f"open {study / 'notebooks' / '01_toy.failed.ipynb'}" in lines[-1]
+    outcome, = run_stages([write_notebook(tmp_path / "01_toy.ipynb", "raise ValueError('x')")],
+                          study=study, environment=environment)
+    assert outcome.status == "failed" and not outcome.user_error
+
+
 def test_papermills_word_alone_would_not_show_where_a_kernel_died(tmp_path):
     def cell(source, *, started="1", answered=True, count=1):
         execution = {"shell.execute_reply": "2"} if answered else {}

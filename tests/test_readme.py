@@ -1,6 +1,9 @@
 """The README names what is there: every module, every notebook, every command it tells to type."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 from ueba_helpers import cli
@@ -40,6 +43,23 @@ def test_the_targets_and_commands_it_tells_to_type_exist(capsys):
         except SystemExit as ended:
             assert ended.code == 0, command
         assert f"ueba {command}" in capsys.readouterr().out
+
+
+def study_command(*arguments):
+    """Return what `make study` would run, under a shell that gives make nothing of its own."""
+    clean = {name: value for name, value in os.environ.items()
+             if name not in ("JOBS", "MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "MAKELEVEL")}
+    shown = subprocess.run(["make", "-n", "study", f"PYTHON={sys.executable}", *arguments],
+                           cwd=ROOT, env=clean, capture_output=True, text=True, check=True).stdout
+    return shown[shown.index("ueba study"):].split()
+
+
+def test_make_study_hands_on_what_it_is_given():
+    assert "--jobs" not in study_command(), "the study's own default, which knows the device"
+    given = study_command("JOBS=1", "SEED=3", "ONLY=05", "DATA=/r4.2")
+    for option, value in (("--jobs", '"1"'), ("--seed", '"3"'), ("--only", '"05"'),
+                          ("--data", '"/r4.2"')):
+        assert given[given.index(option) + 1] == value
 
 
 def test_the_answer_has_its_markers_for_publishing():

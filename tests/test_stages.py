@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -176,3 +177,18 @@ def test_the_cold_start_from_random_weights_trains_all_of_them(study, monkeypatc
         with pytest.raises(InterruptedError):
             adapted.run("sft")
         assert seen[-1] == rank, "of a checkpoint that can read, adapters are enough"
+
+
+def test_a_release_without_a_log_is_told_before_anything_else(release, tmp_path, capsys,
+                                                              monkeypatch):
+    copy = tmp_path / "given"
+    shutil.copytree(release, copy, ignore=shutil.ignore_patterns("http.csv"))
+    audit = pd.DataFrame([{"check": "any", "outcome": "passed", "detail": ""}])
+    monkeypatch.setattr(stages, "_audit", lambda *_: audit)  # slow, and not asked about here
+    monkeypatch.setattr(stages, "_samples", lambda *_: {})
+    home = stages.prepare_data(profile("smoke"), 0, str(copy), str(tmp_path / "runs"))
+    warnings = json.loads((home / "samples.json").read_text())["warnings"]
+    assert warnings[0].startswith("THE RELEASE HAS NO http.csv. ")
+    assert capsys.readouterr().err.startswith("warning: THE RELEASE HAS NO http.csv. ")
+    assert stages.lacking({"logs": {"logon": {}, "http": {}}})[0].startswith(
+        "THE RELEASE HAS NO device.csv, file.csv, email.csv. ")

@@ -68,7 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--from", dest="start", metavar="NOTEBOOK",
                        help="this notebook and all after it")
     study.add_argument("--force", action="store_true", help="repeat what is asked for even if it "
-                       "is complete and unchanged")
+                       "is complete and unchanged; training that is complete is kept (remove its "
+                       "run folder to repeat that too)")
     study.add_argument("--keep-going", action="store_true", help="after a failure, go on with all "
                        "that does not need the failed notebook")
     study.add_argument("--jobs", type=int, metavar="N", help="stages that run at a time, each with "
@@ -114,7 +115,8 @@ def _parser() -> argparse.ArgumentParser:
     ingest.add_argument("--allow-truncated", action="store_true",
                         help="put a last row that is cut into quarantine, instead of stopping")
     ingest.add_argument("--allow-partial", action="store_true",
-                        help="read logs that lack events of the answer key, instead of stopping")
+                        help="read logs that lack events of the answer key, and a key that lacks "
+                             "the file of an insider it lists, instead of stopping")
     ingest.add_argument("--json", action="store_true", help="print the manifest as JSON")
 
     estimate = _command(commands, "estimate", _estimate, "say how long a profile will take and "
@@ -207,6 +209,7 @@ def _study(options: argparse.Namespace) -> int:
         chosen = replace(chosen, file=str((study / Path(given).name).resolve()))
     stages = pipeline.study_stages(chosen, seed=options.seed, data=options.data,
                                    runs=options.runs, jobs=jobs)
+    pipeline.select(stages, only=options.only, start=options.start)  # refused before a word
     progress = _Progress()
     progress.tell(f"study {study} (profile {chosen.name}: {chosen.about})")
     began = time.monotonic()
@@ -226,23 +229,30 @@ def _study(options: argparse.Namespace) -> int:
                       "need each other; nothing was run")
         return 0
     refused = next((outcome for outcome in outcomes if outcome.user_error), None)
-    if refused is not None:
+    if refused is not None and not study.exists():
         raise UserError(refused.message)
     ok = all(outcome.ok for outcome in outcomes)
     progress.tell(f"{'done' if ok else 'failed'} after "
                   f"{pipeline.clock(time.monotonic() - began)}")
     _print_report(study, stages, chosen, options, outcomes, report, pipeline)
+    if refused is not None:
+        raise UserError(refused.message)
     return 0 if ok else 1
 
 
 def _print_report(study, stages, chosen, options, outcomes, report, pipeline) -> None:
     names = [stage.name for stage in stages if stage.notebook]
-    made = [name for name in names if pipeline.read_record(study, name).get("key")]
+    made = {stage.name for stage in stages
+            if pipeline.is_current(stage, study, pipeline.stage_key(stage, study))}
+    table = report.read_comparison(study)
     warnings = [f"{outcome.name}: {outcome.status}. {outcome.message}".rstrip()
                 for outcome in outcomes if not outcome.ok]
     absent = [name for name in names if name not in made]
     if absent:
         warnings.append(f"Without an up-to-date result: {', '.join(absent)}.")
+    if table is not None and pipeline.COMPARISON not in made:
+        warnings.append(f"The table is that of an earlier {pipeline.COMPARISON}: code, settings or "
+                        f"inputs have changed since. Run --only {pipeline.COMPARISON}.")
     samples = study / "data" / "samples.json"
     if samples.exists():  # what the reader must know before trusting a result
         warnings += [f"Data: {line}" for line in
@@ -251,9 +261,8 @@ def _print_report(study, stages, chosen, options, outcomes, report, pipeline) ->
         _say(f"warning: {line}")
     data = options.data or "a simulated organisation"
     path = report.build_report(
-        study, made, warnings=warnings,
+        study, [name for name in names if name in made], warnings=warnings,
         subtitle=f"Profile {chosen.name}, seed {options.seed}, data: {data}.")
-    table = report.read_comparison(study)
     if table is not None:
         _say("\n" + report.headline_text(table) + "\n")
     _say(f"report: {path}")

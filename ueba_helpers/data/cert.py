@@ -1317,9 +1317,13 @@ class _Ingest:
         for insider, scenario, details in insiders:
             source = files.pop(details, None)
             if source is None:
-                self.warnings.append(
-                    f"answers: {details} of insider {insider} is missing; its days stay unlabelled"
-                )
+                benign = f"{details} of insider {insider} is missing, so the days count as benign"
+                if not self.options["allow_partial"]:
+                    raise UserError(
+                        f"{self.found.insiders.path}: {benign}. Copy the file from the answers of"
+                        f" the release, {_or_else('--allow-partial')}"
+                    )
+                self.warnings.append(f"answers: {benign}")
                 continue
             good, read = self.read_answers(source, insider, scenario)
             labels += good
@@ -1763,7 +1767,8 @@ def ingest(
     at the end: whatever happens, `store` is the old one, the new one, or absent, never half of one.
     `max_quarantine_share` (0-1) is the share of bad rows of a file above which the ingest stops;
     `allow_empty` accepts a log without rows, `allow_truncated` quarantines a last row that is cut;
-    `allow_partial` accepts logs that lack events of the answer key, such as the first months only;
+    `allow_partial` accepts logs that lack events of the answer key, such as the first months only,
+    and a key that lacks the file of an insider it lists;
     `buckets` (default 16, 4 for small folders) is the number of parts by account; `memory_limit` is
     DuckDB's, beside about 300 MB of this process.
 

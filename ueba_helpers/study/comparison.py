@@ -3,12 +3,14 @@
 In: the table that the test users gave, and the difference between the two methods. Out, in the
 study's folder:
 
+    metrics.csv           every metric of every detector, one a row, with its interval
     comparison.csv        one row per detector, the columns of the headline table, and how many
                           incidents were judged
     comparison.json       what made it: profile, seed, data, hashes of settings, code and versions,
                           the run folders it rests on, and the hash of the table itself
     verdict.json          PPO against GRPO as one sentence, with the numbers behind it; `scope` says
-                          whether it is about the methods (several seeds) or two runs (one seed)
+                          whether it is about the methods (several seeds) or two runs (one seed);
+                          `rivals` says the same of both against what was trained on labels
 
 Studies are pooled over seeds only if all of this but the seed is equal; `siblings` says of every
 other study why it is left out. Refused with a `UserError`: a table without the columns of the
@@ -17,6 +19,7 @@ headline, a study without a verdict, and a verdict on another table than the one
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -25,13 +28,14 @@ from ueba_helpers.data.files import atomic_path, sha256_of, write_json
 from ueba_helpers.data.records import plain
 from ueba_helpers.errors import UserError
 from ueba_helpers.study.config import Profile
-from ueba_helpers.study.evaluation import Difference, compare_seeds
+from ueba_helpers.study.evaluation import Difference, compare_seeds, corrected
 from ueba_helpers.study.runs import (
     code_fingerprint,
     content_hash,
     data_hash,
     package_versions,
 )
+from ueba_helpers.study.stages import GBOOST_SAME
 
 # The columns of comparison.csv that the headline table shows, with their headings. A column
 # <name>_low and <name>_high beside a metric is its 95 % interval.
@@ -45,8 +49,12 @@ COMPARISON_COLUMNS = {
     "peak_memory_gib": "peak memory (GiB)",
 }
 LEAST_VALID = 0.5  # of the verdicts of both: below it a comparison compares formats
+EQUAL_WITHIN = 0.1  # of the mean compute of PPO and GRPO, which sft_all is set to take
 LEAST_INCIDENTS = 10  # judged: below it a comparison tells of these insiders, not of others
 
+RIVALS = ("sft_all", GBOOST_SAME)  # trained on labels, where PPO and GRPO have rewards
+
+METRICS = "metrics.csv"
 _TABLE, _MADE_BY, _VERDICT = "comparison.csv", "comparison.json", "verdict.json"
 _SAME = ("profile", "data", "settings", "code", "versions")  # in all studies that are pooled
 _BESIDE = "incidents"  # a column of comparison.csv that the headline does not show
@@ -76,12 +84,16 @@ def _trained_under(run: Path | str) -> dict[str, str]:
 
 
 def write_comparison(study: Path | str, table: pd.DataFrame, *, made_by: Mapping,
-                     runs: Sequence[str]) -> None:
+                     runs: Sequence[str], metrics: pd.DataFrame | None = None) -> None:
     """Write the columns of the headline with their intervals, the incidents, and what made them.
 
-    `runs` are the names of the run folders that the table rests on.
+    `runs` are the names of the run folders that the table rests on; `metrics`, all that `evaluate`
+    found, go to a file of their own.
     """
     study = Path(study)
+    if metrics is not None:
+        with atomic_path(study / METRICS) as temporary:
+            metrics.to_csv(temporary, index=False)
     kept = [name for column in (*COMPARISON_COLUMNS, _BESIDE)
             for name in (column, f"{column}_low", f"{column}_high") if name in table]
     with atomic_path(study / _TABLE) as temporary:
@@ -163,7 +175,8 @@ def verdict(pooled: pd.DataFrame, over_users: Difference, from_start: Mapping[st
     `pooled` comes from `pool`; `over_users` is PPO minus GRPO on the test users of this study's
     seed, and `from_start` maps both to their differences from `sft`, where they began. With two or
     more seeds all intervals are Student's over seeds and the verdict is about the methods; with one
-    they are bootstraps over users and it is about two runs, so `better` names no method.
+    they are bootstraps over users and it is about two runs, so `better` names no method. Seeds on
+    real data share their test users, so there better and worse need the interval over users too.
 
     Nothing is concluded if, at any seed, fewer than `LEAST_VALID` of the verdicts of one of them
     are valid, or fewer than `LEAST_INCIDENTS` incidents are judged. Nor are two called equivalent
@@ -175,14 +188,15 @@ def verdict(pooled: pd.DataFrame, over_users: Difference, from_start: Mapping[st
         return compare_seeds(pooled[a], pooled[b], metric="macro_f1", margin=at_one_seed.margin,
                              level=at_one_seed.level) if several else at_one_seed
 
-    found = difference("ppo", "grpo", over_users)
+    found = _confirmed(difference("ppo", "grpo", over_users), over_users, simulated)
     moves = {name: difference(name, "sft", from_start[name]) for name in ("ppo", "grpo")}
     reasons = _why_inconclusive(pooled, found, moves)
     ruling = "inconclusive" if reasons else found.verdict
     said = _SAID["methods" if several else "runs"][ruling]
     means = pooled.mean()
     seeds = ", ".join(map(str, pooled.index))
-    covers = (f"over the seeds {seeds}, sign-flip p = {found.p_seeds:.3f}" if several else
+    shared = "" if simulated else ", which share their test users"
+    covers = (f"over the seeds {seeds}{shared}, sign-flip p = {found.p_seeds:.3f}" if several else
               f"over the test users of the one seed {seeds}; how training seeds differ is not "
               "covered")
     sentence = (
@@ -205,6 +219,75 @@ def verdict(pooled: pd.DataFrame, over_users: Difference, from_start: Mapping[st
                       for seed, row in pooled.iterrows()},
             "from_start": {name: _plain(_numbers(move)) for name, move in moves.items()},
             **_plain(numbers)}
+
+
+def against_rivals(tables: Mapping[int, pd.DataFrame],
+                   over_users: Mapping[tuple[str, str], Difference], *, simulated: bool) -> dict:
+    """Return how PPO and GRPO judge beside their rivals in macro-F1: a sentence and its numbers.
+
+    `tables` maps seeds to comparison tables (detectors as index); `over_users` maps (method, rival)
+    to the difference on the test users of this study's seed. As in `verdict`, several seeds are
+    Student's and one is a bootstrap over users; the p of all differences are Holm's. Nothing is
+    concluded from fewer than `LEAST_INCIDENTS` incidents at any seed. Seeds on real data share
+    their test users, so there better and worse need the interval over users as well.
+    """
+    several = len(tables) > 1
+    found = corrected([_over_seeds(tables, pair, one) if several else one
+                       for pair, one in over_users.items()])
+    few = min(int(table[_BESIDE].min()) for table in tables.values()) < LEAST_INCIDENTS
+    rulings, rows = {}, []
+    for (pair, alone), one in zip(over_users.items(), found, strict=True):
+        rulings[pair] = "inconclusive" if few else _confirmed(one, alone, simulated).verdict
+        rows.append({"method": pair[0], "rival": pair[1], **_plain(_numbers(one)),
+                     "p": plain(float(one.p)), "verdict": rulings[pair]})
+    seeds = ", ".join(map(str, sorted(tables)))
+    numbers = "; ".join(f"{_NAMES[a]} minus {_NAMES[b]} {one.value:+.3f} [{one.low:+.3f}, "
+                        f"{one.high:+.3f}]" for (a, b), one in zip(over_users, found, strict=True))
+    shared = "" if simulated else ", which share their test users"
+    covers = f"over the seeds {seeds}{shared}" if several else (
+        f"over the test users of seed {seeds}")
+    sentence = (f"**{_ruled_together(rulings)}** in macro-F1"
+                + (f" (fewer than {LEAST_INCIDENTS} incidents are judged)" if few else "")
+                + f": {numbers} (95 % intervals {covers}; verdicts by "
+                  f"Holm's p for {len(found)}).")
+    return {"sentence": sentence, "differences": rows}
+
+
+def _confirmed(found: Difference, over_users: Difference, simulated: bool) -> Difference:
+    """Return a difference whose better or worse does not rest on one choice of test users.
+
+    Studies of one real release share their test users, whatever the seed: that others would have
+    been drawn is in no interval over seeds, so the one over users has to say the same.
+    """
+    sure = simulated or found.verdict in (over_users.verdict, "equivalent")
+    return found if sure else replace(found, verdict="inconclusive")
+
+
+def _over_seeds(tables: Mapping[int, pd.DataFrame], pair: tuple[str, str],
+                at_one_seed: Difference) -> Difference:
+    a, b = ([float(table.loc[name, "macro_f1"]) for _, table in sorted(tables.items())]
+            for name in pair)
+    return compare_seeds(a, b, metric="macro_f1", margin=at_one_seed.margin,
+                         level=at_one_seed.level)
+
+
+def _ruled_together(rulings: Mapping[tuple[str, str], str]) -> str:
+    """Return the rulings in words, PPO and GRPO in one clause where they fared alike."""
+    clauses = []
+    for rival in dict.fromkeys(rival for _, rival in rulings):
+        fared: dict[str, list[str]] = {}
+        for (method, other), ruling in rulings.items():
+            if other == rival:
+                fared.setdefault(ruling, []).append(_NAMES[method])
+        clauses += [f"{' and '.join(names)} {_FARED[ruling]} {_NAMES[rival]}"
+                    for ruling, names in fared.items()]
+    return "; ".join(clauses)
+
+
+_NAMES = {"ppo": "PPO", "grpo": "GRPO", "sft_all": "SFT on all labels",
+          GBOOST_SAME: "gradient boosting on the same windows"}
+_FARED = {"better": "judged better than", "worse": "judged worse than",
+          "equivalent": "judged as well as", "inconclusive": "could not be told from"}
 
 
 _POOLED = ("ppo", "grpo", "sft")
@@ -240,6 +323,29 @@ def _numbers(found: Difference) -> dict[str, float]:
 
 def _plain(numbers: Mapping[str, float]) -> dict:
     return {name: plain(float(value)) for name, value in numbers.items()}
+
+
+def equal_compute(costs: Mapping[str, Mapping]) -> tuple[pd.DataFrame, pd.DataFrame, str]:
+    """Return what each training took, sft_all's shares of PPO's and GRPO's bill, and a sentence.
+
+    `costs` maps sft, sft_all, ppo and grpo to what their runs took. One rival of two cannot cost as
+    much as both: it is compared with their mean, in GPU seconds where there is a GPU, and a
+    difference of at most `EQUAL_WITHIN` counts as equal.
+    """
+    unit = "GPU seconds" if "gpu_seconds" in costs["ppo"] else "processor seconds"
+    seconds = "gpu_seconds" if "gpu_seconds" in costs["ppo"] else "cpu_seconds"
+    spent = pd.DataFrame(costs).T.reindex(columns=[
+        "steps", "completions", "tokens", seconds, "wall_seconds_training"]).astype(float)
+    both = spent.loc[["ppo", "grpo"]]
+    shares = spent.loc["sft_all"] / pd.concat([both, both.mean().to_frame("their mean").T])
+    shares.index = "sft_all / " + shares.index
+    to_ppo, to_grpo, to_mean = shares[seconds]
+    word = "equal" if abs(to_mean - 1) <= EQUAL_WITHIN else "**not** equal"
+    sentence = (
+        f"SFT on all labels had {word} compute: {to_mean:.2f} times the mean {unit} of PPO and "
+        f"GRPO, {to_ppo:.2f} times PPO's, {to_grpo:.2f} times GRPO's; and "
+        f"{shares['tokens'].iloc[-1]:.2f} times their mean number of tokens.")
+    return spent, shares[["tokens", seconds]], sentence
 
 
 def write_verdict(study: Path | str, found: Mapping) -> None:

@@ -343,10 +343,26 @@ def _read_profile(path: Path) -> Profile:
             asked[method] = _merged(path, method, common, asked.get(method, {}))
     try:
         changed = _changed(PROFILES[base], asked, "")
+        _check_checkpoint(changed.policy.name, path.parent)
         return replace(changed, name=path.stem, about=f"{path.name}, extends {base}",
                        file=str(path.resolve()))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def _check_checkpoint(name: str, beside: Path) -> None:
+    """Refuse a local checkpoint that is not there, or whose place depends on who reads the file.
+
+    The command line, its stages and the notebooks read a profile file in folders of their own.
+    """
+    local = Path(name).expanduser()
+    if Path(name).is_absolute():
+        if not (local / "config.json").is_file():
+            raise UserError(f"policy.name: {name} holds no config.json, so it is no checkpoint. "
+                            "Give the folder that save_pretrained wrote.")
+    elif name.startswith((".", "~")) or local.is_dir() or (beside / local).is_dir():
+        raise UserError(f"policy.name is {name!r}; give the whole path of a local checkpoint, "
+                        f"such as {(beside / local).resolve()}.")
 
 
 def _merged(path: Path, method: str, common: object, own: object) -> dict:

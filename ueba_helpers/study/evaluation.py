@@ -380,8 +380,9 @@ def flagged_shares(joined: Mapping[str, pd.DataFrame], reason: pd.Series) -> pd.
 
     `joined` maps detectors to tables of `join` for one sample; `reason` has windows in its index,
     and one it lacks has the reason "nothing unusual". One row per reason, most days first: a column
-    per detector (share at natural weights) and days (benign account-days that the sample stands
-    for). Raises `UserError` for a window with two reasons and for tables of different windows.
+    per detector (share at natural weights), days (benign account-days that the sample stands for)
+    and sampled (those it holds: of few, a share says little). Raises `UserError` for a window with
+    two reasons and for tables of different windows.
     """
     if not joined:
         raise UserError("flagged_shares needs the rows of at least one detector.")
@@ -395,8 +396,8 @@ def flagged_shares(joined: Mapping[str, pd.DataFrame], reason: pd.Series) -> pd.
         days = benign["weight_natural"].groupby(why).sum()
         alarms = benign["weight_natural"].where(benign["risk"] == MALICIOUS, 0.0)
         shares[detector] = alarms.groupby(why).sum() / days
-    return pd.DataFrame(shares).assign(days=days).sort_values("days", ascending=False,
-                                                              kind="stable")
+    return pd.DataFrame(shares).assign(days=days, sampled=why.groupby(why).size()).sort_values(
+        "days", ascending=False, kind="stable")
 
 
 # --------------------------------------------------------------------------- what was cited
@@ -765,7 +766,8 @@ class Difference:
     largest difference that counts as none; `covers`: what was resampled ("users", "seeds" or
     "users and seeds"); `p_seeds`: the sign-flip permutation test over seeds, NaN below two;
     `p_users`: the two-sided p of no difference that belongs to an interval over users, else NaN;
-    `narrow`: the interval at level 1 - 2 alpha, which rules on equivalence.
+    `narrow`: the interval at level 1 - 2 alpha, which rules on equivalence; `p_student`: the p that
+    belongs to Student's interval over seeds, else NaN.
     """
 
     metric: str
@@ -780,6 +782,12 @@ class Difference:
     p_seeds: float
     p_users: float = float("nan")
     narrow: tuple[float, float] = (float("nan"), float("nan"))
+    p_student: float = float("nan")
+
+    @property
+    def p(self) -> float:
+        """The p that belongs to the interval: over seeds Student's, else that over users."""
+        return self.p_student if self.covers == "seeds" else self.p_users
 
 
 def paired_difference(a: pd.DataFrame, b: pd.DataFrame, truth: pd.DataFrame,
@@ -840,15 +848,18 @@ def _p_of_no_difference(differences: np.ndarray, users: int | None) -> float:
 
 
 def corrected(differences: Sequence[Difference]) -> list[Difference]:
-    """Return differences that are looked at together: `p_users` after Holm, verdicts by it.
+    """Return differences that are looked at together: their `p` after Holm, verdicts by it.
 
     Better and worse stay only where the adjusted p is below 1 - `level`. Equivalence is left as it
     is: each was asked for by itself.
     """
-    adjusted = holm([found.p_users for found in differences])
-    return [replace(found, p_users=p, verdict="inconclusive") if found.verdict in (
-                "better", "worse") and not p < 1 - found.level else replace(found, p_users=p)
-            for found, p in zip(differences, adjusted, strict=True)]
+    result = []
+    for found, p in zip(differences, holm([one.p for one in differences]), strict=True):
+        name = "p_student" if found.covers == "seeds" else "p_users"
+        unsure = found.verdict in ("better", "worse") and not p < 1 - found.level
+        result.append(replace(found, verdict="inconclusive" if unsure else found.verdict,
+                              **{name: p}))
+    return result
 
 
 def _one_metric(rows, metric, resamples, seed) -> _Measure:
@@ -956,7 +967,7 @@ def seed_interval(values: Sequence[float], *, level: float = 0.95) -> tuple[floa
 
 def compare_seeds(a: Sequence[float], b: Sequence[float], *, metric: str = "metric",
                   margin: float = 0.02, level: float = 0.95) -> Difference:
-    """Return the mean of paired differences a - b `(S,)`, Student's interval over seeds.
+    """Return the mean of paired differences a - b `(S,)`, Student's interval and p over seeds.
 
     Value s of `a` and `b` belongs to the same seed. The interval covers seeds only.
     """
@@ -967,7 +978,23 @@ def compare_seeds(a: Sequence[float], b: Sequence[float], *, metric: str = "metr
     narrow = seed_interval(differences, level=2 * level - 1)[1:]
     p = sign_flip_p(differences) if len(differences) > 1 else float("nan")
     return Difference(metric, value, low, high, difference_verdict((low, high), narrow, margin),
-                      margin, level, "seeds", len(differences), p, narrow=narrow)
+                      margin, level, "seeds", len(differences), p, narrow=narrow,
+                      p_student=student_p(differences))
+
+
+def student_p(differences: Sequence[float]) -> float:
+    """Return the two-sided p of paired differences `(S,)` by Student's t; NaN below two.
+
+    >>> round(student_p([0.1, 0.2, 0.3]), 4)
+    0.0742
+    """
+    differences = np.asarray(differences, float)
+    if len(differences) < 2:
+        return float("nan")
+    error = differences.std(ddof=1) / len(differences) ** 0.5
+    if error == 0:
+        return 1.0 if differences[0] == 0 else 0.0
+    return float(2 * stats.t.sf(abs(differences.mean()) / error, len(differences) - 1))
 
 
 def sign_flip_p(differences: Sequence[float]) -> float:

@@ -37,9 +37,10 @@ NAMED_COLOURS = {
 }
 LABELS = {
     "completions": "Generated completions", "step": "Training step", "seconds": "Wall time (s)",
-    "tokens": "Generated tokens", "gpu_seconds": "GPU time (s)", "reward": "Mean reward",
+    "tokens": "Tokens, a prompt counted per completion", "gpu_seconds": "GPU time (s)",
+    "reward": "Mean reward",
     "macro_f1": "Macro-F1", "macro_f1_natural": "Macro-F1 at natural weights",
-    "accuracy": "Accuracy", "valid_rate": "Share of valid verdicts",
+    "accuracy": "Accuracy", "valid_rate": "Valid format rate",
     "pr_auc": "PR-AUC at the natural base rate",
     "pr_auc_precursors": "PR-AUC, precursors as positives",
     "evidence_hit_rate": "Evidence hit rate", "evidence_f1": "Evidence F1",

@@ -70,7 +70,7 @@ NOTEBOOKS: Mapping[str, tuple[str, ...]] = {
     "09_error_analysis": ("07_comparison",),
 }
 
-_ALONE = "07_comparison"  # long, and nearly all others have ended when it begins
+COMPARISON = "07_comparison"  # writes the table; alone, as nearly all others have ended by then
 
 PARAMETERS = ("PROFILE", "SEED", "DATA", "RUNS")
 
@@ -139,7 +139,7 @@ def study_stages(chosen: Profile, *, seed: int, data: Path | str, runs: Path | s
 
     The cores (or OMP_NUM_THREADS of them) are shared by `jobs` stages that run at a time.
     """
-    cores = int(os.environ.get("OMP_NUM_THREADS") or available_cpus())
+    cores = _own_threads()
     shared = max(1, cores // jobs)
     folder = Path(notebooks) if notebooks is not None else notebooks_folder()
     data = Path(data).resolve() if str(data) else ""
@@ -166,8 +166,8 @@ def study_stages(chosen: Profile, *, seed: int, data: Path | str, runs: Path | s
             locations=("DATA", "RUNS"), needs=(DATA_STAGE, *needs),
             inputs={"settings": settings, "data": found, "code": code, "versions": versions},
             expected_seconds=chosen.expected_seconds(name),
-            limit_seconds=chosen.limit_seconds(name), alone=name == _ALONE,
-            threads=cores if name == _ALONE else shared))
+            limit_seconds=chosen.limit_seconds(name), alone=name == COMPARISON,
+            threads=cores if name == COMPARISON else shared))
     return stages
 
 
@@ -348,7 +348,7 @@ def run_stages(stages: Sequence[Stage], *, study: Path | str, only: Sequence[str
     for stage in selected:
         if stage.notebook:
             check_parameters(stage.notebook, stage.parameters)
-    new = not study.exists()
+    made = [path for path in (study, *study.parents) if not path.exists()]
     _check_place(study)
     if dry_run:
         return _Schedule(selected, asked, study=study, force=force, keep_going=keep_going,
@@ -365,8 +365,11 @@ def run_stages(stages: Sequence[Stage], *, study: Path | str, only: Sequence[str
         outcomes = _Schedule(selected, asked, study=study, force=force, keep_going=keep_going,
                              dry_run=False, environment=environment, jobs=jobs, tell=tell,
                              tick=tick).run()
-    if new and outcomes[0].user_error:
-        shutil.rmtree(study)  # bad input leaves nothing half-written behind
+    if made and outcomes[0].user_error:  # bad input leaves nothing half-written behind
+        shutil.rmtree(study)
+        with suppress(OSError):  # the first that holds something else, and all above it, stay
+            for folder in made[1:]:
+                folder.rmdir()
     return outcomes
 
 
@@ -512,7 +515,8 @@ def _line(label: str, outcome: Outcome) -> str:
         line += f" {clock(outcome.seconds)}"
     if outcome.message:
         line += f": {outcome.message}"
-    if outcome.status == "failed" and outcome.path and not outcome.user_error:
+    if outcome.status == "failed" and outcome.path and not (  # the log of bad input says no more
+            outcome.user_error and outcome.path.suffix == ".log"):
         line += f"\n      open {outcome.path}"
     return line
 
@@ -549,6 +553,15 @@ def default_jobs(chosen: Profile) -> int:
     return 1 if chosen.needs_gpu else min(2, available_cpus())
 
 
+def _own_threads() -> int:
+    """Return OMP_NUM_THREADS, else how many cores this process may use."""
+    asked = os.environ.get("OMP_NUM_THREADS") or str(available_cpus())
+    if not asked.isdecimal() or int(asked) < 1:
+        raise UserError(f"OMP_NUM_THREADS={asked!r} is not possible: set it to a whole number of 1 "
+                        "and more, or unset it.")
+    return int(asked)
+
+
 def _thread_counts(count: int) -> dict[str, str]:
     return {f"{library}_NUM_THREADS": str(count) for library in ("OMP", "MKL", "OPENBLAS")}
 
@@ -558,7 +571,7 @@ def stage_environment(*, offline: bool = True, threads: int | None = None) -> di
 
     `threads` defaults to OMP_NUM_THREADS, else to the cores this process may use.
     """
-    count = int(threads or os.environ.get("OMP_NUM_THREADS") or available_cpus())
+    count = threads or _own_threads()
     environment = {key: value for key, value in os.environ.items() if key != "MPLBACKEND"}
     environment |= {
         **_thread_counts(count),
@@ -756,8 +769,11 @@ def _main(job_path: str) -> int:
         import traceback
 
         traceback.print_exc()
-        write_json(status_path, {"error": describe_error(error)})
-        return 1
+        status = {"error": describe_error(error)}
+        if getattr(error, "ename", None) == UserError.__name__:  # raised in a notebook's kernel
+            status |= {"error": error.evalue, "user_error": True}
+        write_json(status_path, status)
+        return 2 if "user_error" in status else 1
     write_json(status_path, {"ok": True, "returned": returned})
     return 0
 

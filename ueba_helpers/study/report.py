@@ -166,7 +166,9 @@ def build_report(study: Path | str, notebooks: Sequence[str], *, subtitle: str =
 
 def _answer(study: Path) -> Markup:
     try:
-        return _markdown(read_verdict(study)["sentence"])["markup"]
+        found = read_verdict(study)
+        rivals = found.get("rivals", {}).get("sentence", "")
+        return _markdown(f"{found['sentence']}\n\n{rivals}")["markup"]
     except UserError:  # notebook 07 has not come so far, which the page says elsewhere
         return Markup("")
 

@@ -93,7 +93,8 @@ def prepare_data(chosen: Profile, seed: int, data: str, runs: str, *,
     say("auditing")
     manifest = windows.read_manifest(home / "windows")
     audit = _audit(home, chosen, table, assigned, manifest, release, seed)
-    warnings = [*ingested["warnings"], *manifest["warnings"], *splits.complaints(audit)]
+    warnings = [*lacking(ingested), *ingested["warnings"], *manifest["warnings"],
+                *splits.complaints(audit)]
     sys.stderr.writelines(f"warning: {line}\n" for line in warnings)
     write_json(home / "samples.json", {"settings": settings, "counts": counts,
                                        "release": str(release), "warnings": warnings,
@@ -105,6 +106,18 @@ def _release(chosen: Profile, seed: int, data: str, runs: str) -> Path:
     """Return the folder of the given release, or of the simulated one."""
     return Path(data) if data else Path(runs) / "data" / (
         f"r4.2-{data_hash(chosen, seed=seed, data='')}")
+
+
+def lacking(manifest: Mapping) -> list[str]:
+    """Return the warning that goes before all others: of the logs that the release does not have.
+
+    >>> lacking({"logs": dict.fromkeys(cert.LOGS)})
+    []
+    """
+    missing = [f"{name}.csv" for name in cert.LOGS if name not in manifest["logs"]]
+    return [f"THE RELEASE HAS NO {', '.join(missing)}. What happened there counts as not having "
+            "happened, for every detector and for the evidence: no figure of this study can be set "
+            "beside one of a whole release."] if missing else []
 
 
 def prepare(profile: str, seed: int, data: str, runs: str) -> Path:
