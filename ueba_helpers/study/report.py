@@ -166,7 +166,8 @@ def build_report(study: Path | str, notebooks: Sequence[str], *, subtitle: str =
 
 def _answer(study: Path) -> Markup:
     try:
-        return _markdown(read_verdict(study)["sentence"])["markup"]
+        found = read_verdict(study)
+        return _markdown("\n\n".join((found["sentence"], found["citations"]["sentence"])))["markup"]
     except UserError:  # notebook 07 has not come so far, which the page says elsewhere
         return Markup("")
 
