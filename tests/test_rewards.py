@@ -485,6 +485,17 @@ def test_the_share_of_supported_claims_alone_would_pay_false_citations_and_lone_
         assert basis_support(said, LINES, ["e3"]) == 0
 
 
+@pytest.mark.parametrize(("cited", "basis", "value"), [
+    (["e3"], "e3 22:14 device pc2.", 1), (["e7"], "e7 23:10 file pc2", 1),  # true or not: it shows
+    (["e3"], "pc2.", 1), (["e3"], "e3 22:14 device pc3", 1 / 2), (["e3"], "e3 22:15", 0),
+    (["e3", "e7"], "e3 23:10; e7 22:14", 0), (["e3"], "e3 22:14 http", 1 / 2),
+    (["e3"], "a clear violation", 0), ([], "22:14", 0), (["e9"], "e9 22:14", 0),
+])
+def test_claim_support_is_the_share_of_claims_that_the_cited_lines_show(cited, basis, value):
+    said = parse_verdict(verdict("malicious", cited, basis=basis), list(LINES))
+    assert rewards.claim_support(said, LINES) == pytest.approx(value)
+
+
 def test_dont_care_items_neither_help_nor_hurt_a_basis():
     said = parse_verdict(verdict("malicious", ["e3", "e7"], basis="22:14 and 23:10"), list(LINES))
     assert basis_support(said, LINES, ["e3"], ["e7"]) == 1
