@@ -20,7 +20,7 @@ from tests.task_windows import make_window, make_windows
 from ueba_helpers.data.windows import FEATURES
 from ueba_helpers.errors import UserError
 from ueba_helpers.task import rewards
-from ueba_helpers.task.prompts import ITEM_ID, prompt_dataset, target_verdict, without_items
+from ueba_helpers.task.prompts import ITEM_ID, prompt_dataset, target_verdict
 from ueba_helpers.task.rewards import (
     BROKEN_REWARDS,
     REWARD_SETS,
@@ -28,7 +28,6 @@ from ueba_helpers.task.rewards import (
     basis_support,
     claims,
     composed,
-    counterfactual_shift,
     evidence_beyond_chance,
     evidence_credit,
     feature_credit,
@@ -566,15 +565,6 @@ def test_thoughts_are_scored_for_language_and_length():
     assert rewards.think_length(longer, **columns) == [0, -.5, -1, 0]
     assert ueba_format(longer, **columns) == [0, 0, 0, -1]
     assert ueba_format(longer[:1], evidence_ids=[[]]) == [-1]  # without the column: not allowed
-
-
-def test_deleting_the_cited_items_should_move_the_verdict():
-    assert counterfactual_shift([.1, .1, .8], [.7, .2, .1], "malicious") == pytest.approx(.7)
-    assert counterfactual_shift([.1, .1, .8], [.1, .1, .8], "malicious") == 0
-    window = make_window("malicious")
-    row = prompt_dataset([window])[0]
-    fewer = without_items(row["prompt"], row["evidence_truth"])[1]["content"]
-    assert not any(row["item_text"][name] in fewer for name in row["evidence_truth"])
 
 
 # --- traditional and broken ---

@@ -513,20 +513,6 @@ def think_length(completions: Sequence[Completion], *, evidence_ids: Sequence[Se
     return rewards
 
 
-def counterfactual_shift(before: Sequence[float], after: Sequence[float], said: str) -> float:
-    """Return how much the said risk loses when its cited items are deleted, in [-1, 1].
-
-    `before` and `after` are P(label) in the order of `RISKS`, from the prompt and from
-    `prompts.without_items(prompt, cited)`. Evidence that a verdict rests on moves it: the value
-    is P(said | whole prompt) - P(said | prompt without the cited items).
-
-    >>> counterfactual_shift([.1, .2, .7], [.8, .1, .1], "malicious")
-    0.6
-    """
-    index = RISKS.index(said)
-    return round(float(before[index]) - float(after[index]), 12)
-
-
 # --- the traditional set -------------------------------------------------------------------------
 
 _SAID = re.compile(r'"?risk"?\s*[:=]\s*"?(normal|suspicious|malicious)', re.IGNORECASE)
