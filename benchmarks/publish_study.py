@@ -4,10 +4,10 @@
 
 Copies what notebook 07 handed on (comparison.csv, comparison.json, metrics.csv, verdict.json) and
 the runs that its table rests on (weights left out) to results/<study>/, draws the figure of the
-table, and replaces the README's answer between its two markers. The numbers and the sentences come
-from the files; nothing is typed. Refused, before anything is written: a study without a verdict,
-its rivals or its metrics, a verdict on another table, a run that is not complete, a README without
-the markers.
+table, and replaces the README's answer between its two markers. The numbers and the sentences (PPO
+against GRPO, both against their rivals, what became of their citations) come from the files;
+nothing is typed. Refused, before anything is written: a study without a verdict, its rivals or its
+metrics, a verdict on another table, a run that is not complete, a README without the markers.
 """
 
 import argparse
@@ -86,21 +86,22 @@ def _commits(runs: list[RunFolder]) -> list[str]:
 
 
 def answer(table, verdict: dict, made_by: dict, commits: list[str], *, folder: str) -> str:
-    """Return the README's answer between its markers: sentence, table, figure, origin."""
+    """Return the README's answer between its markers: sentences, table, figure, origin."""
     head = " | ".join(comparison.COMPARISON_COLUMNS.values())
     lines = [f"| {head} |", "|" + "---|" * len(comparison.COMPARISON_COLUMNS)]
     lines += ["| " + " | ".join(row) + " |" for row in report.headline_rows(table)]
     seeds = ", ".join(verdict["seeds"])
     origin = (
         f"Profile `{made_by['profile']}`, {'simulated' if verdict['simulated'] else 'real'} data. "
-        f"The table is of seed {made_by['seed']}, the sentence above it of seed"
+        f"The table is of seed {made_by['seed']}, the sentences above it of seed"
         f"{'s' if len(verdict['seeds']) > 1 else ''} {seeds}. Test users; in brackets the 95 % "
         "interval over users. Seconds: fitting or training until the dev sample is judged; "
         "sft_all, ppo and grpo begin where sft ends, so theirs come on top. Classical detectors "
         f"cite no evidence. Code of commit {', '.join(commits)}; files in [{folder}]({folder}).")
     figure = f"![Macro-F1 of every detector]({folder}/macro_f1.png)"
-    return "\n".join([BEGIN, verdict["sentence"], "", verdict["rivals"]["sentence"], "", *lines, "",
-                      figure, "", origin, END])
+    said = "\n\n".join([verdict["sentence"], *(verdict[part]["sentence"]
+                                              for part in ("citations", "rivals"))])
+    return "\n".join([BEGIN, said, "", *lines, "", figure, "", origin, END])
 
 
 if __name__ == "__main__":

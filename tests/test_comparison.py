@@ -43,15 +43,19 @@ def away(low=0.05):
     return dict.fromkeys(("ppo", "grpo"), difference(0.1, low))
 
 
-def pooled(*values, sft=0.2, valid=0.99, incidents=12):
-    """Return what `pool` gives for seeds 0, 1, ... with these pairs of PPO and GRPO."""
+def pooled(*values, sft=0.2, valid=0.99, incidents=12, cited=(0.3, 0.4, 0.4)):
+    """Return what `pool` gives for seeds 0, 1, ... with these pairs of PPO and GRPO.
+
+    `cited` are the evidence hit rates of PPO, GRPO and the cold start.
+    """
     return pd.DataFrame(values, columns=["ppo", "grpo"], index=range(len(values))).assign(
-        sft=sft, valid=valid, incidents=incidents)
+        sft=sft, valid=valid, incidents=incidents,
+        **{f"{name}_cited": rate for name, rate in zip(("ppo", "grpo", "sft"), cited, strict=True)})
 
 
-def ruled(*values, over_users=None, from_start=None, simulated=True, **options):
+def ruled(*values, over_users=None, from_start=None, reasons=None, simulated=True, **options):
     return comparison.verdict(pooled(*values, **options), over_users or difference(),
-                              from_start or away(), simulated=simulated)
+                              from_start or away(), reasons or away(-0.01), simulated=simulated)
 
 
 # ------------------------------------------------------------ which studies are pooled
@@ -142,13 +146,15 @@ def test_the_versions_are_those_of_the_runs_and_of_now(tmp_path, monkeypatch):
 
 def test_tables_are_pooled_with_their_lowest_valid_share_and_their_incidents():
     tables = {seed: pd.DataFrame(
-        {"macro_f1": [0.2, 0.6, 0.5], "valid_rate": [0.1, 0.99, valid], "incidents": count},
+        {"macro_f1": [0.2, 0.6, 0.5], "valid_rate": [0.1, 0.99, valid], "incidents": count,
+         "evidence_hit_rate": [0.4, 0.3, 0.35]},
         index=["sft", "ppo", "grpo"]) for seed, valid, count in ((3, 0.98, 12), (1, 0.4, 15))}
     found = comparison.pool(tables)
     assert list(found.index) == [1, 3] and found.loc[1].to_dict() == {
-        "ppo": 0.6, "grpo": 0.5, "sft": 0.2, "valid": 0.4, "incidents": 15}
+        "ppo": 0.6, "grpo": 0.5, "sft": 0.2, "ppo_cited": 0.3, "grpo_cited": 0.35,
+        "sft_cited": 0.4, "valid": 0.4, "incidents": 15}
     assert found.loc[3, "valid"] == 0.98, "the cold start's share does not count"
-    said = comparison.verdict(found, difference(), away(), simulated=True)
+    said = comparison.verdict(found, difference(), away(), away(), simulated=True)
     assert said["verdict"] == "inconclusive" and (said["valid"], said["incidents"]) == (0.4, 12)
     assert "40 % of the verdicts" in said["sentence"], "whatever the study of seed 3 says alone"
 
@@ -248,10 +254,34 @@ def test_two_that_may_have_learned_nothing_are_not_called_equivalent():
     assert found["verdict"] == "inconclusive" and "cold start**" in found["sentence"]
 
 
+def test_labels_that_get_better_do_not_hide_citations_that_get_worse():
+    fell = {"ppo": difference(-0.124, -0.18, -0.07), "grpo": difference(-0.02, -0.08, 0.04)}
+    found = ruled((0.6, 0.6), reasons=fell, cited=(0.272, 0.376, 0.396))["citations"]
+    assert "**PPO: labels better, citations worse**" in found["sentence"]
+    assert "cited 0.396 to 0.272, difference -0.124, 95 % interval [-0.180, -0.070])" in (
+        found["sentence"])
+    assert "**GRPO: labels better, citations not shown to have changed**" in found["sentence"]
+    assert (found["ppo"]["changed"], found["ppo"]["low"]) == ("worse", -0.18)
+    rose = ruled((0.6, 0.6), reasons=away(), from_start=away(-0.05))["citations"]
+    assert "labels not shown to have changed, citations better" in rose["sentence"]
+
+
+def test_several_seeds_speak_for_the_citations_too():
+    many = ruled((0.60, 0.50), (0.61, 0.50), (0.62, 0.53), cited=(
+        [0.20, 0.21, 0.22], [0.30, 0.45, 0.44], [0.40, 0.40, 0.42]))["citations"]
+    gaps = np.array([-0.20, -0.19, -0.20])
+    half = 4.302652729911275 * gaps.std(ddof=1) / 3**0.5  # Student's t, two degrees of freedom
+    assert many["ppo"]["low"] == pytest.approx(gaps.mean() - half)
+    assert (many["ppo"]["changed"], many["grpo"]["changed"]) == (
+        "worse", "not shown to have changed"), "whatever one seed's users said"
+
+
 def test_a_study_too_small_for_any_interval_is_inconclusive():
     unknown = difference(0.0, float("nan"), float("nan"), "inconclusive")
     found = ruled((0.3, 0.3), over_users=unknown, incidents=2, valid=float("nan"),
-                  from_start={"ppo": unknown, "grpo": unknown})
+                  from_start={"ppo": unknown, "grpo": unknown},
+                  reasons={"ppo": unknown, "grpo": unknown})
+    assert found["citations"]["ppo"]["changed"] == "not shown to have changed"
     assert found["verdict"] == "inconclusive" and found["low"] is None and found["valid"] is None
     json.dumps(found, allow_nan=False)
 
@@ -409,7 +439,8 @@ def test_publishing_writes_sentence_table_figure_and_origin(publisher, finished)
     assert published(publisher, study, readme) == 0
     text, target = readme.read_text(), readme.parent / "results" / study.name
     assert text.startswith("# Title\n<!-- results:begin -->\n**This PPO run judged better than")
-    assert text.endswith("<!-- results:end -->\n## Next\n") and "old" not in text
+    assert text.endswith("<!-- results:end -->\n## Next\n") and "\nold\n" not in text
+    assert "\n\nFrom the cold start on: **PPO: labels better, citations not shown to have" in text
     assert "| detector | macro-F1 | PR-AUC at the natural base rate | valid format rate |" in text
     assert "| ppo | 0.600 [0.500, 0.700] | 0.250 |" in text
     figure = f"results/{study.name}/macro_f1.png"

@@ -13,7 +13,7 @@ from ueba_helpers.data import cert, simulate, splits, windows
 from ueba_helpers.errors import UserError
 from ueba_helpers.study import config, evaluation
 from ueba_helpers.task import baselines
-from ueba_helpers.task.verdicts import RISKS
+from ueba_helpers.task.verdicts import RISKS, render_verdict
 
 FAST = {"resamples": 50, "seed": 0}
 
@@ -406,6 +406,31 @@ def test_evidence_scores_by_table(cited, truth, free, hit, f1):
     assert evaluation.evidence_scores(cited, truth, free) == pytest.approx((hit, f1), nan_ok=True)
 
 
+def test_basis_support_averages_over_verdicts_that_cite():
+    rows = [{"user": name, "label": label, "said": said, "truth": ["e1"]} for name, label, said in (
+        ("A", "malicious", "malicious"), ("B", "suspicious", "malicious"),
+        ("C", "normal", "normal"), ("D", "malicious", "invalid"))]
+    predictions, truth, sample = tables(rows)
+    said = {"A": (["e1"], "e1 22:14 device"), "B": (["e2"], "e2 22:14 device"), "C": ([], "calm")}
+    predictions["completion"] = [
+        render_verdict(risk="malicious" if said[user][0] else "normal", evidence=said[user][0],
+                       features=["usual_hours", "usual_web"], basis=said[user][1])
+        if user in said else "?" for user in predictions["user"]]
+    asked = [{"window_id": window, "evidence_ids": ["e1", "e2"], "style": "evidence_first",
+              "item_text": {"e1": "e1 22:14 device pc1", "e2": "e2 09:00 device pc1"}}
+             for window in predictions["window_id"]]
+    found = evaluation.basis_supports(predictions, asked)
+    by_user = dict(zip(predictions["user"], found, strict=True))
+    assert [by_user[name] for name in "AB"] == [1, 0] and np.isnan([by_user[n] for n in "CD"]).all()
+    metrics = evaluation.evaluate(predictions.assign(basis_support=found), truth, sample, **FAST)
+    assert value(metrics, "basis_support") == 0.5 and value(metrics, "basis_support", "n") == 2
+    assert np.nan_to_num(found).mean() == 0.25, "the twin: silence and no verdict are no claims"
+    silent = predictions.drop(columns="completion")
+    assert np.isnan(evaluation.basis_supports(silent, asked)).all(), "a classical detector"
+    with pytest.raises(UserError, match="lack judged windows"):
+        evaluation.basis_supports(predictions, asked[1:])
+
+
 def test_evidence_and_features_average_over_the_right_windows():
     rows = [
         {"user": "A", "label": "malicious", "evidence": ["e1"], "truth": ["e1", "e2"],
@@ -424,6 +449,7 @@ def test_evidence_and_features_average_over_the_right_windows():
     assert value(metrics, "feature_agreement") == pytest.approx((1 / 2 + 0 + 1 + 0) / 4)
     assert value(metrics, "feature_precision") == pytest.approx((1 / 2 + 0 + 1 + 0) / 4)
     assert value(metrics, "evidence_hit_rate", "n") == 2
+    assert np.isnan(value(metrics, "basis_support")), "no basis was looked up"
     counts = evaluation.evidence_counts(*tables(rows))
     assert counts.loc["malicious"].tolist() == [1, 1, 0, 0]
     assert counts.loc["suspicious"].tolist() == [0, 1, 0, 0]

@@ -15,7 +15,13 @@ from ueba_helpers.rl import recipes
 from ueba_helpers.rl.settings import PolicySettings, PPOSettings
 from ueba_helpers.study import probes
 from ueba_helpers.task.injections import INJECTIONS, OPEN_PLACES
-from ueba_helpers.task.prompts import escape_field, window_messages
+from ueba_helpers.task.prompts import (
+    escape_field,
+    prompt_dataset,
+    target_verdict,
+    window_messages,
+)
+from ueba_helpers.task.verdicts import render_verdict
 
 WINDOWS = make_windows(12)
 PLACES = (*OPEN_PLACES, "fact")
@@ -295,3 +301,114 @@ def test_a_run_without_an_alarm_is_a_table_without_rows():
     assert len(healthy) == 0 and list(healthy)[:3] == ["run", "name", "step"]
     twin = [row | {"critic/explained_variance": -0.5} for row in rows]
     assert set(probes.alarm_table("a", twin, [], num_generations=4)["run"]) == {"a"}
+
+
+# --- what a verdict rests on ---
+
+
+ROWS = prompt_dataset(make_windows(30))
+
+
+def test_a_reader_of_items_rests_on_what_it_cites_and_one_of_headings_does_not():
+    found = {ask: probes.counterfactual(ask, ROWS, ask(ROWS))
+             for ask in (probes.reads_items, probes.reads_heading)}
+    reader, other = found[probes.reads_items], found[probes.reads_heading]
+    assert (reader["alarms"], reader["asked"], reader["days"]) == (20, 20, 20)
+    assert (reader["less_cited"], reader["less_others"], reader["beyond"]) == (1, 0, 1)
+    assert reader["low"] > 0 and reader["verdict"] == "its alarms rest on what it cites"
+    assert (other["less_cited"], other["less_others"]) == (0, 0)
+    assert other["verdict"] == "not shown to rest on what it cites"
+
+
+def test_a_policy_that_rests_on_other_items_than_it_cites_is_told_so():
+    """It flags a day as long as most items are there, and cites one that plays no part."""
+    def counts(rows):
+        left = [len(row["prompt"][1]["content"].split("\n")) for row in rows]
+        return pd.DataFrame({"window_id": [row["window_id"] for row in rows],
+                             "risk": ["malicious" if n > 9 else "normal" for n in left],
+                             "evidence": [row["evidence_ids"][:4] for row in rows]})
+    found = probes.counterfactual(counts, ROWS, counts(ROWS))
+    assert (found["less_cited"], found["less_others"], found["beyond"]) == (1, 1, 0)
+    assert found["verdict"] == "not shown to rest on what it cites", "any line counts alike"
+
+    def hides(rows):
+        said = probes.reads_items(rows)
+        return said.assign(evidence=[[name for name in row["evidence_ids"]
+                                      if name not in row["evidence_truth"]][:4] for row in rows])
+    found = probes.counterfactual(hides, ROWS, hides(ROWS))
+    assert found["beyond"] < 0 and found["verdict"] == "its alarms rest on what it does not cite"
+
+
+def test_a_broken_format_and_few_days_decide_nothing():
+    def breaks(rows):
+        said = probes.reads_items(rows)
+        return said.assign(risk=["malicious" if len(row["prompt"][1]["content"].split("\n")) > 12
+                                 else "invalid" for row in rows])
+    found = probes.counterfactual(breaks, ROWS, breaks(ROWS))
+    assert found["valid_cited"] == found["days"] == 0 and "format breaks" in found["verdict"]
+    few = ROWS[:12]
+    said = probes.reads_items(few)
+    assert "fewer than 10 days" in probes.counterfactual(probes.reads_items, few, said)["verdict"]
+    silent = said.assign(risk="normal")
+    nothing = probes.counterfactual(probes.reads_items, few, silent)
+    assert nothing["alarms"] == nothing["asked"] == 0 and np.isnan(nothing["beyond"])
+    whole = said.assign(evidence=[list(row["evidence_ids"]) for row in few])
+    assert probes.counterfactual(probes.reads_items, few, whole)["asked"] == 0, "no control left"
+
+
+def test_deleting_the_same_items_twice_would_see_no_reader():
+    """The broken twin of the control: the same deletion on both sides differs by nothing."""
+    alike = [{**row, "evidence_ids": row["evidence_truth"] * 2} for row in ROWS]
+
+    def cites_half(rows):
+        said = probes.reads_items(rows)
+        return said.assign(evidence=[ids[:len(ids) // 2] for ids in said["evidence"]])
+    found = probes.counterfactual(cites_half, alike, cites_half(alike))
+    assert found["asked"] == 10 and found["beyond"] == 0, "three true items stay two or are gone"
+
+
+def test_a_policy_with_reasons_leads_the_cheats_with_its_labels_and_one_without_does_not():
+    windows = [row["window_id"] for row in ROWS]
+    honest = pd.DataFrame({"window_id": windows, "completion": [
+        target_verdict(window) for window in make_windows(30)]})
+    guess = pd.DataFrame({"window_id": windows, "completion": [
+        render_verdict(risk=row["label"], evidence=[] if row["label"] == "normal" else ["e1"],
+                       features=["usual_hours", "own_workstation"],
+                       basis="nothing unusual." if row["label"] == "normal" else "e1 03:33 http.")
+        for row in ROWS]})
+    found = probes.label_cheats({"honest": honest.iloc[::-1], "guess": guess}, ROWS)
+    assert found.loc["honest", "lead"] > 2 * found.loc["honest", "error"] > 0
+    assert found.loc["honest", "verdict"] == "its reasons earn more than any cheat's"
+    assert found.loc["guess", "lead"] < 0 < found.loc["guess", "own"]
+    assert found.loc["guess", "verdict"] == "a cheat with its labels earns more"
+    assert (found["own"] - found["lead"]).to_numpy() == pytest.approx(found["earns"].to_numpy())
+
+
+# --- an attack by volume ---
+
+
+def test_a_flood_of_loud_items_hides_the_true_ones_where_room_is_short():
+    windows = [window for window in make_windows(30) if window.risk == "malicious"]
+    found = probes.flooded(probes.reads_items, windows, (0, 4, 12), max_items=8)
+    assert found.index.tolist() == [0, 4, 12] and (found["windows"] == 10).all()
+    assert found.loc[0, ["shown", "none", "alarms", "less"]].tolist() == [1, 0, 1, 0]
+    assert found["shown"].is_monotonic_decreasing and found.loc[12, "shown"] < 0.5
+    assert found.loc[12, "less"] == found.loc[12, "none"] == 1 - found.loc[12, "alarms"]
+    roomy = probes.flooded(probes.reads_items, windows, (0, 12), max_items=30)
+    assert roomy.loc[12, ["shown", "less"]].tolist() == [1, 0], "the twin: room for all"
+    calm = probes.flooded(probes.reads_heading, windows, (0, 12), max_items=8)
+    assert calm.loc[12, "less"] == 0, "a reader of the heading does not notice"
+
+
+def test_what_names_do_is_said_by_policy(attacks):
+    row = {"gain": 0.1, "low": 0.02, "high": 0.2, "verdict": "better"}
+    index = pd.MultiIndex.from_product([("ppo", "grpo"), probes.NAMINGS[1:],
+                                        ("seen", "unseen", "seen - unseen")],
+                                       names=["policy", "naming", "group"])
+    gains = pd.DataFrame([row] * len(index), index=index)
+    gains.loc[("grpo", "names", "seen"), "verdict"] = "inconclusive"
+    gains.loc[("grpo", "other codes", "seen - unseen"), "verdict"] = "worse"
+    knows, learnt = probes.name_readings(gains)
+    assert "ppo: names change what is right by +10% on unseen users (+2% to +20%)" in knows
+    assert "are known from elsewhere" in knows and "not shown to be remembered" in knows
+    assert "are not shown to be known" in learnt and "prompts are remembered" in learnt

@@ -132,8 +132,11 @@ def test_the_headline_table_is_in_page_and_folder(tmp_path):
 
 def test_the_answer_stands_beside_its_own_table_only(tmp_path):
     write_comparison(tmp_path, comparison(), made_by={}, runs=[])
-    write_verdict(tmp_path, {"sentence": "**Both** are <alike>."})
-    assert "<strong>Both</strong> are &lt;alike&gt;." in build_report(tmp_path, []).read_text()
+    write_verdict(tmp_path, {"sentence": "**Both** are <alike>.",
+                             "citations": {"sentence": "Both **cite less**."}})
+    page = build_report(tmp_path, []).read_text()
+    assert "<strong>Both</strong> are &lt;alike&gt;." in page
+    assert "<p>Both <strong>cite less</strong>.</p>" in page
     comparison(macro_f1=0.9).to_csv(tmp_path / "comparison.csv", index=False)
     assert "<strong>Both" not in build_report(tmp_path, []).read_text()
 

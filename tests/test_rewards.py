@@ -20,7 +20,7 @@ from tests.task_windows import make_window, make_windows
 from ueba_helpers.data.windows import FEATURES
 from ueba_helpers.errors import UserError
 from ueba_helpers.task import rewards
-from ueba_helpers.task.prompts import ITEM_ID, prompt_dataset, target_verdict, without_items
+from ueba_helpers.task.prompts import ITEM_ID, prompt_dataset, target_verdict
 from ueba_helpers.task.rewards import (
     BROKEN_REWARDS,
     REWARD_SETS,
@@ -28,7 +28,6 @@ from ueba_helpers.task.rewards import (
     basis_support,
     claims,
     composed,
-    counterfactual_shift,
     evidence_beyond_chance,
     evidence_credit,
     feature_credit,
@@ -485,6 +484,17 @@ def test_the_share_of_supported_claims_alone_would_pay_false_citations_and_lone_
         assert basis_support(said, LINES, ["e3"]) == 0
 
 
+@pytest.mark.parametrize(("cited", "basis", "value"), [
+    (["e3"], "e3 22:14 device pc2.", 1), (["e7"], "e7 23:10 file pc2", 1),  # true or not: it shows
+    (["e3"], "pc2.", 1), (["e3"], "e3 22:14 device pc3", 1 / 2), (["e3"], "e3 22:15", 0),
+    (["e3", "e7"], "e3 23:10; e7 22:14", 0), (["e3"], "e3 22:14 http", 1 / 2),
+    (["e3"], "a clear violation", 0), ([], "22:14", 0), (["e9"], "e9 22:14", 0),
+])
+def test_claim_support_is_the_share_of_claims_that_the_cited_lines_show(cited, basis, value):
+    said = parse_verdict(verdict("malicious", cited, basis=basis), list(LINES))
+    assert rewards.claim_support(said, LINES) == pytest.approx(value)
+
+
 def test_dont_care_items_neither_help_nor_hurt_a_basis():
     said = parse_verdict(verdict("malicious", ["e3", "e7"], basis="22:14 and 23:10"), list(LINES))
     assert basis_support(said, LINES, ["e3"], ["e7"]) == 1
@@ -555,15 +565,6 @@ def test_thoughts_are_scored_for_language_and_length():
     assert rewards.think_length(longer, **columns) == [0, -.5, -1, 0]
     assert ueba_format(longer, **columns) == [0, 0, 0, -1]
     assert ueba_format(longer[:1], evidence_ids=[[]]) == [-1]  # without the column: not allowed
-
-
-def test_deleting_the_cited_items_should_move_the_verdict():
-    assert counterfactual_shift([.1, .1, .8], [.7, .2, .1], "malicious") == pytest.approx(.7)
-    assert counterfactual_shift([.1, .1, .8], [.1, .1, .8], "malicious") == 0
-    window = make_window("malicious")
-    row = prompt_dataset([window])[0]
-    fewer = without_items(row["prompt"], row["evidence_truth"])[1]["content"]
-    assert not any(row["item_text"][name] in fewer for name in row["evidence_truth"])
 
 
 # --- traditional and broken ---

@@ -52,6 +52,15 @@ def test_prompts_and_demonstrations_have_what_the_profile_asks_for(study, monkey
     assert {verdict.confidence for verdict in honest} == {1.0}
 
 
+def test_a_simulated_release_tells_why_innocent_days_deviate(study):
+    found = study.reasons()
+    assert found.name == "innocent cause" and found.index.is_unique
+    days = study.windows.set_index("window_id")
+    known = found.index.intersection(days.index)
+    assert len(known) > 20 and not days.loc[known, "malicious"].all()
+    assert set(found) != set(days["role"]), "the twin: what a real release would tell"
+
+
 def test_dev_and_test_samples_share_no_account(study):
     users = study.windows.set_index("window_id")["user"]
     dev, test = (set(users[study.sample(split)["window_id"]]) for split in stages.SPLITS)

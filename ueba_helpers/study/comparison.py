@@ -10,7 +10,8 @@ study's folder:
                           the run folders it rests on, and the hash of the table itself
     verdict.json          PPO against GRPO as one sentence, with the numbers behind it; `scope` says
                           whether it is about the methods (several seeds) or two runs (one seed);
-                          `rivals` says the same of both against what was trained on labels
+                          `citations` says in another how their evidence changed from the cold
+                          start, `rivals` how both judge beside what was trained on labels
 
 Studies are pooled over seeds only if all of this but the seed is equal; `siblings` says of every
 other study why it is left out. Refused with a `UserError`: a table without the columns of the
@@ -159,37 +160,38 @@ def _why_not(folder: Path, wanted: Mapping, seeds: set[int]) -> str | None:
 def pool(tables: Mapping[int, pd.DataFrame]) -> pd.DataFrame:
     """Return one row per seed from comparison tables (detectors as index), in order of the seeds.
 
-    Columns: the macro-F1 of ppo, grpo and sft; `valid`, the lower of the shares of valid verdicts
-    of PPO and GRPO; `incidents`, how many were judged.
+    Columns: the macro-F1 of ppo, grpo and sft; ppo_cited, grpo_cited and sft_cited, their evidence
+    hit rates; `valid`, the lower of the shares of valid verdicts of PPO and GRPO; `incidents`, how
+    many were judged.
     """
     rows = {seed: {**{name: float(table.loc[name, "macro_f1"]) for name in _POOLED},
+                   **{f"{name}_cited": float(table.loc[name, "evidence_hit_rate"])
+                      for name in _POOLED},
                    "valid": float(table.loc[["ppo", "grpo"], "valid_rate"].min()),
                    _BESIDE: int(table[_BESIDE].min())} for seed, table in sorted(tables.items())}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("seed")
 
 
-def verdict(pooled: pd.DataFrame, over_users: Difference, from_start: Mapping[str, Difference], *,
-            simulated: bool) -> dict:
+def verdict(pooled: pd.DataFrame, over_users: Difference, from_start: Mapping[str, Difference],
+            cited: Mapping[str, Difference], *, simulated: bool) -> dict:
     """Return what can be said of PPO and GRPO in macro-F1, as one sentence and its numbers.
 
     `pooled` comes from `pool`; `over_users` is PPO minus GRPO on the test users of this study's
-    seed, and `from_start` maps both to their differences from `sft`, where they began. With two or
-    more seeds all intervals are Student's over seeds and the verdict is about the methods; with one
-    they are bootstraps over users and it is about two runs, so `better` names no method. Seeds on
-    real data share their test users, so there better and worse need the interval over users too.
+    seed, and `from_start` maps both to their differences from `sft`, where they began; `cited` does
+    so for the evidence hit rate, which `citations` puts into words. With two or more seeds all
+    intervals are Student's over seeds and the verdict is about the methods; with one they are
+    bootstraps over users and it is about two runs, so `better` names no method. Seeds on real data
+    share their test users, so there better and worse need the interval over users too.
 
     Nothing is concluded if, at any seed, fewer than `LEAST_VALID` of the verdicts of one of them
     are valid, or fewer than `LEAST_INCIDENTS` incidents are judged. Nor are two called equivalent
     that both may be where they began: that would be true of any two that learned nothing.
     """
     several = len(pooled) > 1
-
-    def difference(a: str, b: str, at_one_seed: Difference) -> Difference:
-        return compare_seeds(pooled[a], pooled[b], metric="macro_f1", margin=at_one_seed.margin,
-                             level=at_one_seed.level) if several else at_one_seed
-
-    found = _confirmed(difference("ppo", "grpo", over_users), over_users, simulated)
-    moves = {name: difference(name, "sft", from_start[name]) for name in ("ppo", "grpo")}
+    found = _confirmed(_over_seeds(pooled["ppo"], pooled["grpo"], over_users), over_users,
+                       simulated)
+    moves = {name: _over_seeds(pooled[name], pooled["sft"], from_start[name])
+             for name in ("ppo", "grpo")}
     reasons = _why_inconclusive(pooled, found, moves)
     ruling = "inconclusive" if reasons else found.verdict
     said = _SAID["methods" if several else "runs"][ruling]
@@ -218,7 +220,37 @@ def verdict(pooled: pd.DataFrame, over_users: Difference, from_start: Mapping[st
             "seeds": {str(seed): {name: float(row[name]) for name in _POOLED}
                       for seed, row in pooled.iterrows()},
             "from_start": {name: _plain(_numbers(move)) for name, move in moves.items()},
-            **_plain(numbers)}
+            "citations": citations(pooled, moves, cited), **_plain(numbers)}
+
+
+def citations(pooled: pd.DataFrame, moves: Mapping[str, Difference],
+              cited: Mapping[str, Difference]) -> dict:
+    """Return how the evidence that PPO and GRPO cite changed from the cold start, in words.
+
+    `moves` maps both to what became of their macro-F1 and `cited`, for one seed, to what became of
+    the share of true evidence items they cite. Each counts as changed if its interval excludes 0:
+    labels can get better while reasons get worse, and one sentence on labels would hide it.
+    """
+    means, said, numbers = pooled.mean(), [], {}
+    for name in ("ppo", "grpo"):
+        found = _over_seeds(pooled[f"{name}_cited"], pooled["sft_cited"], cited[name])
+        said.append(f"**{name.upper()}: labels {_changed(moves[name])}, citations "
+                    f"{_changed(found)}** (share of the true evidence items cited "
+                    f"{means['sft_cited']:.3f} to {means[f'{name}_cited']:.3f}, difference "
+                    f"{found.value:+.3f}, {100 * found.level:g} % interval [{found.low:+.3f}, "
+                    f"{found.high:+.3f}])")
+        numbers[name] = {"changed": _changed(found), **_plain(_numbers(found))}
+    return {"sentence": f"From the cold start on: {'; '.join(said)}.", **numbers}
+
+
+def _changed(found: Difference) -> str:
+    return "better" if found.low > 0 else "worse" if found.high < 0 else "not shown to have changed"
+
+
+def _over_seeds(a: Sequence[float], b: Sequence[float], at_one_seed: Difference) -> Difference:
+    """Return a minus b `(S,)` over the seeds; with one seed what its users say."""
+    return compare_seeds(a, b, metric=at_one_seed.metric, margin=at_one_seed.margin,
+                         level=at_one_seed.level) if len(a) > 1 else at_one_seed
 
 
 def against_rivals(tables: Mapping[int, pd.DataFrame],
@@ -232,8 +264,9 @@ def against_rivals(tables: Mapping[int, pd.DataFrame],
     their test users, so there better and worse need the interval over users as well.
     """
     several = len(tables) > 1
-    found = corrected([_over_seeds(tables, pair, one) if several else one
-                       for pair, one in over_users.items()])
+    scores = pd.DataFrame({seed: table["macro_f1"] for seed, table in sorted(tables.items())})
+    found = corrected([_over_seeds(scores.loc[a], scores.loc[b], one)
+                       for (a, b), one in over_users.items()])
     few = min(int(table[_BESIDE].min()) for table in tables.values()) < LEAST_INCIDENTS
     rulings, rows = {}, []
     for (pair, alone), one in zip(over_users.items(), found, strict=True):
@@ -261,14 +294,6 @@ def _confirmed(found: Difference, over_users: Difference, simulated: bool) -> Di
     """
     sure = simulated or found.verdict in (over_users.verdict, "equivalent")
     return found if sure else replace(found, verdict="inconclusive")
-
-
-def _over_seeds(tables: Mapping[int, pd.DataFrame], pair: tuple[str, str],
-                at_one_seed: Difference) -> Difference:
-    a, b = ([float(table.loc[name, "macro_f1"]) for _, table in sorted(tables.items())]
-            for name in pair)
-    return compare_seeds(a, b, metric="macro_f1", margin=at_one_seed.margin,
-                         level=at_one_seed.level)
 
 
 def _ruled_together(rulings: Mapping[tuple[str, str], str]) -> str:

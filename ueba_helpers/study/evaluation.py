@@ -42,8 +42,8 @@ from scipy.sparse.csgraph import connected_components
 from ueba_helpers.data.seeding import generator
 from ueba_helpers.errors import UserError
 from ueba_helpers.study.config import ALERT_BUDGETS
-from ueba_helpers.task.rewards import evidence_hit_rate
-from ueba_helpers.task.verdicts import RISKS
+from ueba_helpers.task.rewards import claim_support, evidence_hit_rate
+from ueba_helpers.task.verdicts import RISKS, parse_verdict
 
 MALICIOUS = RISKS[-1]
 SAID = (*RISKS, "invalid")
@@ -109,8 +109,9 @@ def join(predictions: pd.DataFrame, truth: pd.DataFrame, sample: pd.DataFrame) -
     _refuse(wanted - set(truth["window_id"]), "truth lacks windows of the sample")
     rows = (sample[list(_SAMPLE_COLUMNS)]
             .merge(truth[list(_TRUTH_COLUMNS)], on="window_id")
-            .merge(predictions[[c for c in _PREDICTION_COLUMNS if c != "split"]], on="window_id",
-                   suffixes=("", "_said"))
+            .merge(predictions[[c for c in (*_PREDICTION_COLUMNS, "basis_support")
+                                if c != "split" and c in predictions]],
+                   on="window_id", suffixes=("", "_said"))
             .sort_values("window_id", ignore_index=True))
     _refuse(rows.loc[rows["user"] != rows["user_said"], "window_id"],
             "column user differs between predictions and truth")
@@ -421,6 +422,29 @@ def evidence_scores(cited: Sequence[str], truth: Sequence[str],
     return evidence_hit_rate(cited, truth), f1
 
 
+def basis_supports(predictions: pd.DataFrame, rows: Sequence[Mapping]) -> np.ndarray:
+    """Return how much of what each basis claims stands in the items it cites, `(N,)` in [0, 1].
+
+    `rows` are the prompt rows of the windows (`Study.judged_rows`): only they know the lines that
+    were shown. NaN where nothing valid was cited, and for detectors that write nothing. See
+    `rewards.claim_support`; as the column basis_support of predictions it becomes a metric.
+    Raises `UserError` if rows lack a window that was judged.
+    """
+    asked = {row["window_id"]: row for row in rows}
+    _refuse(set(predictions["window_id"]) - set(asked), "the prompt rows lack judged windows")
+    found = np.full(len(predictions), np.nan)
+    if "completion" not in predictions:
+        return found
+    for i, (window, text) in enumerate(zip(predictions["window_id"], predictions["completion"],
+                                           strict=True)):
+        if isinstance(text, str):
+            row = asked[window]
+            said = parse_verdict(text, row["evidence_ids"], think=row["style"] == "think")
+            if said.evidence:
+                found[i] = claim_support(said, row["item_text"])
+    return found
+
+
 def _cited_metrics(rows, headline) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Return values `(N,)` and which rows count `(N,)` for each metric of cited items."""
     valid = rows["valid"].to_numpy(bool)
@@ -432,11 +456,14 @@ def _cited_metrics(rows, headline) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         features[i] = (2 * both / max(1, len(set(said)) + len(set(true))),
                        both / max(1, len(set(said))))
     has_truth = ~np.isnan(evidence[:, 0])
+    support = (rows["basis_support"].to_numpy(float) if "basis_support" in rows
+               else np.full(len(rows), np.nan))
     hits, f1 = np.where(valid & has_truth, evidence[:, 0], 0.0), np.where(valid, evidence[:, 1], 0)
     return {
         "evidence_hit_rate": (hits, headline & has_truth),
         "evidence_f1": (f1, headline & has_truth),
         "evidence_f1_all": (f1, headline),
+        "basis_support": (np.nan_to_num(support), headline & ~np.isnan(support)),
         "feature_agreement": (np.where(valid, features[:, 0], 0.0), headline),
         "feature_precision": (np.where(valid, features[:, 1], 0.0), headline),
     }

@@ -44,6 +44,7 @@ LABELS = {
     "pr_auc": "PR-AUC at the natural base rate",
     "pr_auc_precursors": "PR-AUC, precursors as positives",
     "evidence_hit_rate": "Evidence hit rate", "evidence_f1": "Evidence F1",
+    "basis_support": "Basis support",
     "kl": "KL to the reference (nats per completion)", "entropy": "Entropy (nats per token)",
     "explained_variance": "Explained variance of the critic",
     "recall_at_2": "Recall at 2 alerts per 1,000 account-days",

@@ -167,8 +167,9 @@ def build_report(study: Path | str, notebooks: Sequence[str], *, subtitle: str =
 def _answer(study: Path) -> Markup:
     try:
         found = read_verdict(study)
-        rivals = found.get("rivals", {}).get("sentence", "")
-        return _markdown(f"{found['sentence']}\n\n{rivals}")["markup"]
+        said = [found["sentence"], *(found.get(part, {}).get("sentence", "")
+                                     for part in ("citations", "rivals"))]
+        return _markdown("\n\n".join(said))["markup"]
     except UserError:  # notebook 07 has not come so far, which the page says elsewhere
         return Markup("")
 

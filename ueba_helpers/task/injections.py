@@ -1,7 +1,8 @@
 """Attacks through the logs: strings that a person under suspicion could write, and where to plant.
 
-In: a window. Out: the same window with an injection in one place of it. `INJECTIONS` holds at least
-forty, in several languages and encodings, by what they try (`INJECTION_KINDS`).
+In: a window. Out: the same window with an injection in one place of it, or flooded with items.
+`INJECTIONS` holds at least forty, in several languages and encodings, by what they try
+(`INJECTION_KINDS`).
 
 Which places are open? `data.windows` reduces file names, pages, addresses, subjects and contents to
 classes and counts, so no text of them reaches a prompt, and `cert.ingest` refuses hosts of another
@@ -13,8 +14,9 @@ flip is what `study.probes` reports.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import cycle, islice
 
-from ueba_helpers.data.windows import Window
+from ueba_helpers.data.windows import Evidence, Window
 from ueba_helpers.errors import UserError
 from ueba_helpers.task.prompts import LogText
 
@@ -143,6 +145,27 @@ def plant(window: Window, injection: str, *, place: str = "detail",
     changed = replace(target, **{"facts" if place == "fact" else place: value})
     return replace(window, evidence=tuple(changed if item is target else item
                                           for item in window.evidence))
+
+
+LOUD = (("email", "external"), ("file", "office"), ("email", "competitor"), ("file", "archive"))
+
+
+def flood(window: Window, n: int) -> Window:
+    """Return the window with `n` more items, all of them innocent and as loud as an item can be.
+
+    An attack by volume: mail and copies at night that the account never made before, which its
+    owner can make at will. A prompt has room for some items only and keeps the loudest, so that
+    these crowd out the true ones. Items are in order of time and numbered anew. What-if: in the
+    logs equal events of a day are one item, which bounds how many there can be.
+    """
+    host = window.evidence[0].pc if window.evidence else ""
+    added = [Evidence("", kind, f"{19 + k // 12 % 5:02d}:{5 * k % 60:02d}", "", host, detail, 1,
+                      ("first time", "after hours", "more than before"), (f"{{FLOOD{k}}}",),
+                      False, False)
+             for k, (kind, detail) in enumerate(islice(cycle(LOUD), n))]
+    ordered = sorted([*window.evidence, *added], key=lambda item: item.start)
+    return replace(window, evidence=tuple(replace(item, id=f"e{i}")
+                                          for i, item in enumerate(ordered, 1)))
 
 
 def planted(windows: Sequence[Window], *, places: Sequence[str],

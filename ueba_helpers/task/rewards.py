@@ -307,28 +307,44 @@ def baseless_numbers(text: str, cited: Sequence[str]) -> int:
     return foreign + len(re.findall(r"[0-9]+(?:[.:,][0-9]+)*", rest))
 
 
+def claim_support(verdict: Verdict, item_text: Mapping[str, str | None]) -> float:
+    """Return the share of a basis's claims that stand in the items it cites, in [0, 1].
+
+    Claims are times, hosts and counts; each has to stand in the line of the cited item it is stated
+    of (`attributed`; before the first id in any cited line). Any other number, an id that is not
+    cited and a kind of item that is not that item's count as claims that stand nowhere; a right
+    kind counts as none, since there are few. Without claims 0. Whether an item is a true one plays
+    no part.
+    """
+    if not verdict.evidence or not claims(verdict.basis):
+        return 0.0
+    lines = {identity: item_text.get(identity) or "" for identity in verdict.evidence}
+    backed = total = 0
+    for identity, (named, kinds) in attributed(verdict.basis).items():
+        about = [lines[one] for one in ([identity] if identity else lines) if one in lines]
+        backed += sum(any(claim in claims(line) for line in about) for claim in named)
+        total += len(named) + len(kinds.difference(*(line.split()[2:3] for line in about)))
+    return backed / (total + baseless_numbers(verdict.basis, verdict.evidence))
+
+
 def basis_support(verdict: Verdict, item_text: Mapping[str, str | None], truth: Sequence[str],
                   dont_care: Sequence[str] = ()) -> float:
     """Return how well the basis states true items that the verdict cites, in [0, 1].
 
-    The share of its times, hosts and counts that stand in the line of the cited item they are
-    stated of (`attributed`; before the first id in any cited line), times the mean over the counted
-    citations of what it states of each: 1 for a true item with its time, `COUNT_WEIGHT` for one
-    with only its count (a small number is soon guessed), 0 for one with its host alone (most items
-    share it) and for a false item. Any other number, an id that is not cited and a kind of item
-    that is not that item's count as claims that stand nowhere; a right kind counts as none, since
-    there are few. So a basis that gives two items each other's times or kinds loses. Don't-care
-    items are not counted. A basis is worth no more than the citations it rests on
-    (`evidence_beyond_chance`): reciting the whole window earns 0. Without claims it earns 1 if the
-    verdict cites nothing, calls the day normal and nothing was to be cited; else 0, and so does any
-    citation where nothing was to be cited.
+    `claim_support`, times the mean over the counted citations of what the basis states of each: 1
+    for a true item with its time, `COUNT_WEIGHT` for one with only its count (a small number is
+    soon guessed), 0 for one with its host alone (most items share it) and for a false item. So a
+    basis that gives two items each other's times or kinds loses. Don't-care items are not counted.
+    A basis is worth no more than the citations it rests on (`evidence_beyond_chance`): reciting the
+    whole window earns 0. Without claims it earns 1 if the verdict cites nothing, calls the day
+    normal and nothing was to be cited; else 0, and so does any citation where nothing was to be
+    cited.
 
-    Words that are neither are not read: an invented story around true times is not told apart.
+    Words that are no claim are not read: an invented story around true times is not told apart.
     """
-    baseless = baseless_numbers(verdict.basis, verdict.evidence)
     if not verdict.evidence:
-        return float(not claims(verdict.basis) and not baseless and not truth
-                     and verdict.risk == "normal")
+        silent = not claims(verdict.basis) and not baseless_numbers(verdict.basis, ())
+        return float(silent and not truth and verdict.risk == "normal")
     counted = set(verdict.evidence) - (set(dont_care) - set(truth))
     if not claims(verdict.basis) or not truth or not counted:
         return 0.0
@@ -336,26 +352,12 @@ def basis_support(verdict: Verdict, item_text: Mapping[str, str | None], truth: 
     worth = evidence_beyond_chance(verdict.risk, verdict.evidence, truth, shown, dont_care)
     if worth <= 0:
         return 0.0
-    backed, stated, wrong_kinds = _stated(verdict, item_text)
-    total = sum(len(named) for named, _ in attributed(verdict.basis).values())
-    facts = sum(max((_fact_weight(claim) for claim in stated[identity]), default=0.0)
-                for identity in counted.intersection(truth))
-    return min(worth, backed / (total + baseless + wrong_kinds) * facts / len(counted))
-
-
-def _stated(verdict: Verdict, item_text: Mapping[str, str | None]
-            ) -> tuple[int, dict[str, set[str]], int]:
-    """Return how many claims stand where they should, which of each item, how many kinds do not."""
-    lines = {identity: item_text.get(identity) or "" for identity in verdict.evidence}
-    stated: dict[str, set[str]] = {identity: set() for identity in lines}
-    backed = wrong_kinds = 0
-    for identity, (named, kinds) in attributed(verdict.basis).items():
-        about = [identity] if identity in lines else [] if identity else list(lines)
-        for one in about:
-            stated[one] |= named & claims(lines[one])
-        backed += sum(any(claim in claims(lines[one]) for one in about) for claim in named)
-        wrong_kinds += len(kinds.difference(*(lines[one].split()[2:3] for one in about)))
-    return backed, stated, wrong_kinds
+    said = attributed(verdict.basis)
+    of_any = said[""][0] if "" in said else frozenset()
+    facts = sum(max(map(_fact_weight, claims(item_text.get(one) or "").intersection(
+                    of_any | (said[one][0] if one in said else frozenset()))), default=0.0)
+                for one in counted.intersection(truth))
+    return min(worth, claim_support(verdict, item_text) * facts / len(counted))
 
 
 def _fact_weight(claim: str) -> float:
@@ -509,20 +511,6 @@ def think_length(completions: Sequence[Completion], *, evidence_ids: Sequence[Se
         words = len((thought or "").split())
         rewards.append(-min(1.0, max(0.0, (words - 60) / 60)) if verdict.valid else 0.0)
     return rewards
-
-
-def counterfactual_shift(before: Sequence[float], after: Sequence[float], said: str) -> float:
-    """Return how much the said risk loses when its cited items are deleted, in [-1, 1].
-
-    `before` and `after` are P(label) in the order of `RISKS`, from the prompt and from
-    `prompts.without_items(prompt, cited)`. Evidence that a verdict rests on moves it: the value
-    is P(said | whole prompt) - P(said | prompt without the cited items).
-
-    >>> counterfactual_shift([.1, .2, .7], [.8, .1, .1], "malicious")
-    0.6
-    """
-    index = RISKS.index(said)
-    return round(float(before[index]) - float(after[index]), 12)
 
 
 # --- the traditional set -------------------------------------------------------------------------
