@@ -18,7 +18,7 @@ STAMP   := $(VENV)/installed-$(shell cat requirements.txt pyproject.toml | cksum
 PYTEST   = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help study test test-slow test-gpu lab bench bench-data bench-rl learn-check lint clean
+.PHONY: help study test test-slow test-gpu lab bench bench-data bench-rl learn-check credit-check lint clean
 
 help: ## list these targets
 	@echo "make study  [DATA=/path/to/r4.2] [PROFILE=smoke|laptop|gpu|gpu-large] [SEED=0] [ONLY=05_ppo_training] [FROM=...]"
@@ -50,6 +50,10 @@ bench-rl: $(STAMP) ## measure rollouts and updates
 
 learn-check: $(STAMP) ## check over three seeds that PPO and GRPO learn
 	@$(BIN)/python benchmarks/learn_check.py $(ARGS)
+
+credit-check: $(STAMP) ## hold critic and group against exact advantages on a finished study
+	@$(BIN)/python benchmarks/credit_check.py --profile "$(PROFILE)" --seed "$(SEED)" \
+		--data "$(DATA)" --runs "$(RUNS)" $(ARGS)
 
 lint: $(STAMP) ## check the style
 	@$(BIN)/ruff check
