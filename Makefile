@@ -5,6 +5,7 @@ PROFILE ?= laptop
 SEED    ?= 0
 ONLY    ?=
 FROM    ?=
+SWEEP   ?= arms
 ARGS    ?=
 RUNS    ?= runs
 JOBS    ?= 2
@@ -18,7 +19,7 @@ STAMP   := $(VENV)/installed-$(shell cat requirements.txt pyproject.toml | cksum
 PYTEST   = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help study test test-slow test-gpu lab bench bench-data bench-rl learn-check credit-check lint clean
+.PHONY: help study test test-slow test-gpu lab bench bench-data bench-rl learn-check credit-check sweep lint clean
 
 help: ## list these targets
 	@echo "make study  [DATA=/path/to/r4.2] [PROFILE=smoke|laptop|gpu|gpu-large] [SEED=0] [ONLY=05_ppo_training] [FROM=...]"
@@ -53,6 +54,10 @@ learn-check: $(STAMP) ## check over three seeds that PPO and GRPO learn
 
 credit-check: $(STAMP) ## hold critic and group against exact advantages on a finished study
 	@$(BIN)/python benchmarks/credit_check.py --profile "$(PROFILE)" --seed "$(SEED)" \
+		--data "$(DATA)" --runs "$(RUNS)" $(ARGS)
+
+sweep: $(STAMP) ## sweep a setting from a study's cold start (SWEEP=group_size|kl_coef|lam|critic_warmup_steps|arms)
+	@$(BIN)/python benchmarks/sweep.py "$(SWEEP)" --profile "$(PROFILE)" --seeds $(SEED) \
 		--data "$(DATA)" --runs "$(RUNS)" $(ARGS)
 
 lint: $(STAMP) ## check the style
