@@ -86,7 +86,7 @@ def check(study: Study, *, windows: int, draws: int, risk_first: bool = False) -
     critic = recipes.load_trained_critic(run.path, study.start_of("ppo"), study.profile.policy)
     began = time.perf_counter()
     V = credit.values(critic, known.drawn)
-    known.seconds["critic"] = time.perf_counter() - began
+    seconds = {**known.seconds, "critic": time.perf_counter() - began}
     baselines, estimates = estimators(known.drawn, V, settings)
     kept = {name: x[known.first] for name, x in estimates.items()}
     errors = {name: credit.advantage_errors(x, known.exact) for name, x in kept.items()}
@@ -101,7 +101,7 @@ def check(study: Study, *, windows: int, draws: int, risk_first: bool = False) -
                     "commit": provenance()["commit"]},
         "windows": len(known.first), "group_size": settings.num_generations, "draws": draws,
         "completions_with_a_risk": int((known.exact.places[:, -1] >= 0).sum()),
-        "reward_variance": float(known.drawn.rewards.var()), "seconds": known.seconds,
+        "reward_variance": float(known.drawn.rewards.var()), "seconds": seconds,
         "value_errors": {name: by_place(credit.value_errors(x[known.first], known.exact))
                          for name, x in baselines.items()},
         "advantage_errors": {name: by_place(x) for name, x in errors.items()},

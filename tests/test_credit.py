@@ -6,6 +6,7 @@ written down.
 
 import functools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -197,7 +198,7 @@ def one_later():
 
 def prompts_swapped():
     drawn = probe_sample()
-    return credit.replace(drawn, rows=drawn.rows[::-1])
+    return replace(drawn, rows=drawn.rows[::-1])
 
 
 @pytest.mark.parametrize("broken", [
@@ -231,6 +232,15 @@ def test_values_do_not_depend_on_the_batch_and_do_on_the_seed():
     assert not torch.allclose(together, other, equal_nan=True)
     with pytest.raises(ValueError, match="2 and more"):
         drawn_values(draws=1)
+
+
+def test_a_part_of_a_sample_is_what_was_drawn():
+    whole, part = probe_sample(), probe_sample().part([4, 1])
+    for i, row in enumerate((4, 1)):
+        assert part.ids[i] == whole.ids[row] and part.prompts[i] == whole.prompts[row]
+        assert part.rows[i] is whole.rows[row] and part.pieces[i] == whole.pieces[row]
+        assert part.rewards[i] == whole.rewards[row]
+        assert torch.equal(part.mask[i], whole.mask[row])
 
 
 def errors_by_hand(advantage_errors, value_errors):
