@@ -5,6 +5,7 @@ PROFILE ?= laptop
 SEED    ?= 0
 ONLY    ?=
 FROM    ?=
+SWEEP   ?= arms
 ARGS    ?=
 RUNS    ?= runs
 JOBS    ?= 2
@@ -20,7 +21,7 @@ OFFLINE  = HF_HUB_OFFLINE=$${HF_HUB_OFFLINE:-1}
 PYTEST   = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help study test test-slow test-gpu lab bench bench-data bench-rl learn-check lint clean
+.PHONY: help study test test-slow test-gpu lab bench bench-data bench-rl learn-check credit-check sweep lint clean
 
 help: ## list these targets
 	@echo "make study  [DATA=/path/to/r4.2] [PROFILE=smoke|laptop|gpu|gpu-large] [SEED=0] [ONLY=05_ppo_training] [FROM=...]"
@@ -53,6 +54,14 @@ bench-rl: $(STAMP) ## measure rollouts and updates
 
 learn-check: $(STAMP) ## check over three seeds that PPO and GRPO learn
 	@$(OFFLINE) $(BIN)/python benchmarks/learn_check.py $(ARGS)
+
+credit-check: $(STAMP) ## hold critic and group against exact advantages on a finished study
+	@$(BIN)/python benchmarks/credit_check.py --profile "$(PROFILE)" --seed "$(SEED)" \
+		--data "$(DATA)" --runs "$(RUNS)" $(ARGS)
+
+sweep: $(STAMP) ## sweep a setting from a study's cold start (SWEEP=group_size|kl_coef|lam|critic_warmup_steps|arms)
+	@$(BIN)/python benchmarks/sweep.py "$(SWEEP)" --profile "$(PROFILE)" --seeds $(SEED) \
+		--data "$(DATA)" --runs "$(RUNS)" $(ARGS)
 
 lint: $(STAMP) ## check the style
 	@$(BIN)/ruff check

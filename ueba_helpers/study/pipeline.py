@@ -68,6 +68,7 @@ NOTEBOOKS: Mapping[str, tuple[str, ...]] = {
     "07_comparison": ("02_baselines", "04_sft_and_model_selection", "05_ppo_training",
                       "06_grpo_training"),
     "09_error_analysis": ("07_comparison",),
+    "appendix_policy_gradients_from_scratch": (),
 }
 
 COMPARISON = "07_comparison"  # writes the table; alone, as nearly all others have ended by then

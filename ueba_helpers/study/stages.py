@@ -301,8 +301,11 @@ class Study:
         by_id = {window.window_id: window for window in windows.load(unique, items)}
         return [by_id[name] for name in table["window_id"]]
 
-    def rows(self, table: pd.DataFrame) -> list[dict]:
-        """Return the prompt rows of windows, cut to the policy's token budget, in their order."""
+    def rows(self, table: pd.DataFrame, *, style: str = "") -> list[dict]:
+        """Return the prompt rows of windows, cut to the policy's token budget, in their order.
+
+        `style` is one of `verdicts.STYLES`, what a verdict says first; the profile's if empty.
+        """
         from ueba_helpers.rl.policies import load_tokenizer
 
         tokenizer = load_tokenizer(self.base_policy)
@@ -314,7 +317,8 @@ class Study:
 
         made = prompts.prompt_dataset(
             self._loaded(unique), count_tokens=count_tokens, pseudonym_key=self.pseudonym_key,
-            budget=self.profile.policy.max_prompt_tokens, **self.prompt_options)
+            budget=self.profile.policy.max_prompt_tokens,
+            **self.prompt_options | ({"style": style} if style else {}))
         by_id = dict(zip(unique["window_id"], made, strict=True))
         return [by_id[name] for name in table["window_id"]]
 
@@ -326,21 +330,23 @@ class Study:
         wanted = self.sample(split)["window_id"]
         return self.windows.set_index("window_id", drop=False).loc[wanted].reset_index(drop=True)
 
-    def demonstrations(self, purpose: str, settings) -> list[dict]:
+    def demonstrations(self, purpose: str, settings, *, style: str = "") -> list[dict]:
         """Return prompt rows with a `completion`: the reference verdict under the said label.
 
         Where confidence is asked for, all state the share of the said labels that are right.
+        `style` is that of `rows`.
         """
         from ueba_helpers.rl.recipes import demonstrated_labels
 
         table = self.training_windows(purpose)
         said = demonstrated_labels(table["risk"], settings, seed=self.seed)
-        rows = self.rows(table)
+        rows = self.rows(table, style=style)
         shown = [prompts.keep_items(window, len(row["evidence_ids"]))
                  for window, row in zip(self._loaded(table), rows, strict=True)]
         right = sum(a == b for a, b in zip(said, table["risk"], strict=True)) / len(said)
         options = {**self.prompt_options, "pseudonym_key": self.pseudonym_key,
-                   "confidence": round(right, 2) if self.profile.confidence else None}
+                   "confidence": round(right, 2) if self.profile.confidence else None,
+                   **({"style": style} if style else {})}
         return [{**row, "completion": prompts.target_verdict(window, risk=risk, **options)}
                 for row, window, risk in zip(rows, shown, said, strict=True)]
 
