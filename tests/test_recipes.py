@@ -217,6 +217,15 @@ def test_the_critic_that_a_run_ended_with_is_kept(lora_rank, tmp_path):
         assert torch.equal(found[name], fresh.state_dict()[name])
 
 
+@pytest.mark.parametrize("changes, course", [
+    ({"lr_warmup_share": 0.5}, [0, 0.5, 1, 0.5]), ({"lr_warmup_share": 0.0}, [1, 0.75, 0.5, 0.25]),
+    ({"lr_warmup_share": 0.5, "lr_schedule": "constant"}, [0, 0.5, 1, 1])])
+def test_the_learning_rate_rises_before_it_falls(changes, course, tmp_path):
+    train("grpo", tmp_path, **changes)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    assert [row["learning_rate"] for row in rows] == pytest.approx([1e-3 * x for x in course])
+
+
 def test_a_shared_critic_is_read_with_the_policy_it_was_trained_with(tmp_path):
     train("ppo", tmp_path, critic="shared", critic_warmup_steps=1)
     kept = recipes.load_trained_critic(tmp_path, checkpoint(), POLICY)

@@ -70,7 +70,8 @@ def row_facts(tables):
     balance = """SELECT {} FROM (SELECT who, moment::DATE d,
         count(*) FILTER (activity = 'Logon') a, count(*) FILTER (activity = 'Logoff') b
         FROM logon GROUP BY ALL)"""
-    per_day = "SELECT avg(k) FROM (SELECT day, count(*) k FROM days WHERE {} GROUP BY day)"
+    per_day = ("SELECT coalesce(avg(k), 0) FROM (SELECT day, count(*) k FROM days WHERE {} "
+               "GROUP BY day)")
     weekend = "dayofweek(day) IN (0, 6)"
     n_domains = """SELECT count(DISTINCT split_part(x, '@', 2)) FROM (
         SELECT unnest(string_split("to" || ';' || cc || ';' || bcc, ';')) x FROM email

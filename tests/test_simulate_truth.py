@@ -6,6 +6,7 @@ labels are dialled away, so that every log has labelled rows beside unlabelled o
 
 import re
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -518,6 +519,43 @@ def test_the_interval_holds_the_mean_of_similar_populations(fresh):
     spread = float(by_population.std(ddof=1)) / 4  # of a mean of 16, another way to the same width
     assert low < whole < high
     assert 0.5 < (high - low) / 3.92 / spread < 2
+
+
+def chance_of_second_days(blind):
+    """Return p_malicious of scenario 3's second days of insiders, and ROC-AUC against benign days.
+
+    `blind` hides who stays on after the own day's end.
+    """
+    settings = settings_of(days=100, insiders=(0, 0, 13))
+
+    def days(seeds):
+        for seed in seeds:
+            cast = simulate._cast(settings, seed)
+            plan = simulate._plan(settings, cast, seed)
+            if blind:
+                unseen = np.zeros_like(plan.counts["stays_until"])
+                plan = replace(plan, counts={**plan.counts, "stays_until": unseen})
+            second = np.zeros(plan.present.shape, bool)
+            for incident in cast.incidents:
+                second[incident.user, incident.end] = True
+            levels, _ = simulate._visible_cells(settings, plan)
+            chosen = simulate._counted(settings, cast, plan)
+            yield levels[:, chosen], plan.malicious[chosen], second[chosen]
+
+    levels, malicious, _ = (np.concatenate(part, axis=-1)
+                            for part in zip(*days(range(8)), strict=True))
+    rule = simulate._Frequencies(levels, malicious)
+    levels, malicious, second = (np.concatenate(part, axis=-1)
+                                 for part in zip(*days(range(50, 54)), strict=True))
+    chance, asked = rule(levels), second | ~malicious
+    return np.median(chance[second]), roc_auc_score(second[asked], chance[asked])
+
+
+def test_the_best_rule_sees_who_stays_on_to_use_another_account():
+    chance, area = chance_of_second_days(blind=False)
+    assert chance > 0.5 and area > 0.9
+    chance, area = chance_of_second_days(blind=True)
+    assert chance < 0.1 and area < 0.8, "the twin: nothing else tells such a day"
 
 
 def surely_lower(one, other):

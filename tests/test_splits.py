@@ -657,8 +657,12 @@ def test_days_without_a_full_history_would_tell_that_they_are_early(table):
 
 
 def test_growth_that_few_accounts_show_is_not_judged(table):
-    few = table[table["user"].isin(["BEN0000", "BEN0001", "BEN0002", "INS0000"])]
-    assert calendar(few)[0] == ["not judged", "not judged"]
+    few = [f"BEN000{i}" for i in range(9)]
+    grows = table.sort_values(["user", "day"]).assign(past_pcs=np.arange(len(table)))
+    assert calendar(grows[grows["user"].isin([*few, "INS0000"])])[0] == ["not judged"] * 2
+    enough = [*few, "BEN0009", "INS0000"]
+    assert calendar(grows[grows["user"].isin(enough)])[0] == ["failed"] * 2
+    assert calendar(table[table["user"].isin(enough)])[0] == ["passed"] * 2
 
 
 def test_areas_within_accounts_equal_scikit_learns(table):

@@ -12,7 +12,7 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from transformers import PrinterCallback, TrainerCallback
 
-from tests.tiny import policy, probe_policy
+from tests.tiny import DEVICES, policy, probe_policy
 from ueba_helpers.data.seeding import generator
 from ueba_helpers.errors import UserError
 from ueba_helpers.rl.advantages import gae, terminal_rewards
@@ -74,11 +74,13 @@ def history(trainer, key):
     return [row[key] for row in trainer.state.log_history if key in row]
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("arm", ARMS)
-def test_two_prompts_with_one_right_word_each_are_learned(arm, tmp_path):
+def test_two_prompts_with_one_right_word_each_are_learned(arm, device, tmp_path):
     trainer = make(arm, tmp_path, reward=first_token_reward, steps=80, source=probe_policy,
                    per_device_train_batch_size=64, num_generations=16, max_completion_length=1,
-                   learning_rate=5e-3)
+                   learning_rate=5e-3, use_cpu=device == "cpu")
+    assert trainer.model.device.type == device
     trainer.train()
     rewards = history(trainer, "reward")
     assert sum(rewards[:5]) / 5 < 0.3

@@ -4,6 +4,7 @@ import functools
 import tempfile
 from pathlib import Path
 
+import pytest
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -20,6 +21,7 @@ from ueba_helpers.rl.policies import (
 )
 from ueba_helpers.rl.settings import PolicySettings
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SETTINGS = PolicySettings(vocab_size=512, hidden_size=32, layers=2)
 TEXTS = ["red blue green yes no maybe answer the question about colours"] * 20
 WORDS = ["system", "user", "assistant", "\n", "red", "blue", "yes", "no"]

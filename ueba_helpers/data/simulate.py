@@ -27,12 +27,12 @@ order, file names, content) depends on the label.
 
 `truth/optimal.csv`: p_malicious = P(the key labels this account-day | what the day, the last seven
 days and the own past visibly show), where "visibly show" is the cell of `_visible_cells` (job
-pages, mail to competitors, drive use, evenings, new workstations, leak and hacking sites, mass
-mail, file copies; each in a few steps). The probability is the frequency of the cell in independent
-populations drawn from the same `_cast` and `_plan` with other seeds, each level of detail shrunk
-with weight `_BACKOFF` towards the coarser one. Assumptions: the cells are all that can be seen
-(finer detail, such as minutes, is ignored, so the ceiling is slightly low); the prior is that of
-the simulated population, not r4.2's .29 %. `counted` is 1 on the days that are judged: a full
+pages, mail to competitors, drive use, evenings, staying on, new workstations, leak and hacking
+sites, mass mail, file copies; each in a few steps). The probability is the frequency of the cell in
+other populations drawn from the same `_cast` and `_plan` with other seeds, each level of detail
+shrunk with weight `_BACKOFF` towards the coarser one. Assumptions: the cells are all that can be
+seen (finer detail, such as minutes, is ignored, so the ceiling is slightly low); the prior is that
+of the simulated population, not r4.2's .29 %. `counted` is 1 on the days that are judged: a full
 history (`history_days` active days behind the day, as in `windows`), and not among the days that
 `windows` sets aside (an incident's behaviour which the key leaves out between the labels or just
 before them; innocent replies). What label noise hides after the last label stays a plain negative
@@ -92,11 +92,11 @@ DEFAULT_START = date(2010, 1, 2)
 DAY = 86_400
 HOUR = 3_600
 _EVENING = 19 * HOUR
-_BACKOFF = 6.0
+_BACKOFF = 3.0
 _RARE_SHARE = 0.05
 _WEEKEND_NIGHT = 0.03  # a free day of scenario 1: weekends are then as common as in other work
 _MIN_PAST = 10
-_REFERENCE_CELLS = 1_200_000
+_REFERENCE_CELLS = 3_600_000
 _RESAMPLES = 500
 
 _FIRST = str.split(
@@ -754,6 +754,7 @@ def _plan(settings: _Settings, cast: _Cast, seed: int) -> _Plan:
     # scenario 3's two days, for the truth
     for name in ("victim_pc", "used_as_victim", "victim_at_night"):
         counts[name] = np.zeros(shape, bool)
+    counts["stays_until"] = np.zeros(shape, np.int32)
     labelled = {
         name: np.zeros(shape, bool) for name in ("late", "web_mail", "drive", "hack")
     }
@@ -946,6 +947,8 @@ def _scenario_3(settings, rng, incident, counts, labelled, malicious, story):
     counts["late_start"][user, day + 1] = begin
     counts["victim_at_night"][victim, day + 1] = begin >= _EVENING - 600
     counts["late_seconds"][user, day + 1] = rng.integers(HOUR, 2 * HOUR)
+    counts["stays_until"][user, day + 1] = begin + counts["late_seconds"][user, day + 1]
+    counts["stays_until"][victim, day + 1] = begin + HOUR // 2  # about, see `_masquerade`
     story["scenario_3"][user, day : day + 2] = True
     story["scenario_3"][[victim, incident.replier], day + 1] = True
     malicious[user, day : day + 2] = True
@@ -1618,6 +1621,11 @@ def _visible_cells(settings: _Settings, plan: _Plan):
     crossed[:, 1:] = crossing[:, :-1]
     by_day = (counts["late_start"] >= 7 * HOUR) & (counts["late_start"] < _EVENING)
     at_night = (late & ~by_day) | crossed | (counts["victim_at_night"] & (counts["roam"] == 0))
+    # How much longer than usual somebody stays on, a little more than ends differ anyway.
+    usual_end = past(counts["end"] * counts["active"]) / np.maximum(past(
+        counts["active"].astype(int)), 1)
+    over = np.maximum(counts["end"], counts["stays_until"]) - usual_end
+    over = np.where(counts["active"] & (past_days >= _MIN_PAST), over, 0)
     connects = counts["connects"] + counts["late_drive"] + counts["roam_drive"]
     connects = connects + 2 * counts["victim_pc"]
     drive = connects > 0
@@ -1645,6 +1653,7 @@ def _visible_cells(settings: _Settings, plan: _Plan):
         [
             (kinds["leak_site"], 2), (kinds["hacking_tool"], 2), (at_night & drive, 2),
             (odd["after_hours_logon"], 2), (odd["mass_mail"], 2),
+            (np.digitize(over, [0.75 * HOUR, 1.5 * HOUR]), 3),
             (np.digitize(job, [1, 3, 6]), 4), (np.digitize(week(job), [1, 5, 12, 22]), 5),
             (np.digitize(np.where(drive, drive_load, 0), [0.01, 1.5, 2.2, 3.0]), 5),
             (rival, 2),

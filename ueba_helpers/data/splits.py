@@ -360,6 +360,7 @@ _TRAITS = ("O", "C", "E", "A", "N")
 _MOST_ROWS = 2000
 _PERMUTATIONS = 4
 _FEWEST = 5  # insiders (or labelled events, incidents) without which a check is not judged
+_FEW_ACCOUNTS = 10  # in which a number must vary before its trend is judged
 _DRAWS = 20_000
 
 
@@ -653,14 +654,15 @@ def _calendar(opened: pd.DataFrame) -> list[dict]:
     rows = []
     for side, cut in cuts.items():
         areas = _areas_within(usable["user"], usable[list(_HISTORIES)], (days >= cut).to_numpy())
-        judged = areas.loc[:, areas.count() >= _FEWEST]
+        judged = areas.loc[:, areas.count() >= _FEW_ACCOUNTS]
         check = f"calendar says nothing: before {side}"
         if judged.empty:
-            rows.append(_cannot_tell(check, f"fewer than {_FEWEST} accounts with days on both "
-                                            "sides"))
+            rows.append(_cannot_tell(check, f"fewer than {_FEW_ACCOUNTS} accounts with days on "
+                                            "both sides"))
             continue
         distance = (judged.mean() - 0.5).abs()
-        limit = 0.1 + 3.5 * judged.std() / np.sqrt(judged.count())
+        # A few accounts can agree by chance, and then seem to differ little.
+        limit = 0.1 + 3.5 * judged.std().clip(lower=0.2) / np.sqrt(judged.count())
         worst = (distance - limit).idxmax()
         rows.append(_row(check, distance[worst], limit[worst],
                          f"distance from .5 of the ROC-AUC of {worst}, mean of "

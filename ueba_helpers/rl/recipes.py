@@ -196,7 +196,10 @@ def _shared_config(out: Path | str, settings: RLSettings, policy: PolicySettings
         "gradient_accumulation_steps": settings.prompts_per_step // settings.micro_batch_prompts,
         "num_generations": settings.num_generations, "num_iterations": settings.num_iterations,
         "max_completion_length": policy.max_completion_tokens,
-        "learning_rate": settings.learning_rate, "lr_scheduler_type": settings.lr_schedule,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": (settings.lr_schedule if settings.lr_schedule != "constant"
+                              else "constant_with_warmup"),
+        "warmup_steps": round(settings.lr_warmup_share * settings.steps),
         "temperature": settings.temperature, "epsilon": settings.clip_low,
         "epsilon_high": settings.clip_high, "kl_coef": settings.kl_coef,
         "kl_placement": settings.kl_placement, "scale_rewards": settings.scale_rewards,

@@ -106,6 +106,7 @@ class RLSettings(_Settings):
     num_generations: int = 8
     learning_rate: float = 1e-4
     lr_schedule: str = "linear"
+    lr_warmup_share: float = 0.15  # of the steps: the learning rate rises from 0
     temperature: float = 1.0
     num_iterations: int = 1
     micro_batch_prompts: int = 8
@@ -135,6 +136,8 @@ class RLSettings(_Settings):
                 "between 0 and 1")
         require(self.lr_schedule in ("constant", "linear", "cosine"), "lr_schedule",
                 self.lr_schedule, "'constant', 'linear' and 'cosine'")
+        require(0 <= self.lr_warmup_share < 1, "lr_warmup_share", self.lr_warmup_share,
+                "0 to below 1")
         require(self.temperature > 0, "temperature", self.temperature, "above 0")
         require(self.num_iterations >= 1, "num_iterations", self.num_iterations, "1 and more")
         require(self.micro_batch_prompts >= 1

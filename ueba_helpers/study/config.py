@@ -236,7 +236,7 @@ _PROFILES = (
                         downgrade=0.5, prompt_loss=True),
         sft_all=SFTSettings(examples=2920, epochs=1, batch_size=8, learning_rate=1e-3,
                             prompt_loss=True),
-        **_rl(steps=60, learning_rate=3e-4, save_steps=20, critic_warmup_steps=6),
+        **_rl(steps=60, learning_rate=2e-4, save_steps=20, critic_warmup_steps=6),
         max_items=8,
         minutes={"data": 1.5, "cold_start": 5.3, "02_baselines": 1.5, "03_reward_design": 3.5,
                  "04_sft_and_model_selection": 6.0, "05_ppo_training": 6.5,
