@@ -6,8 +6,8 @@ Goes out: a store folder, `events/<log>/bucket=NN/*.parquet` sorted by account a
 tables, `quarantine.csv` with file, line, reason and the first columns of every refused row, and
 `manifest.json`, written last. `Store` opens it.
 Refuses: other releases (recognised by header and named), wrong or missing headers, empty logs, a
-file that ends within a row, and a log of which more than a stated share of rows is bad, or many
-events of the answer key are missing.
+file that ends within a row, a log of which more than a stated share of rows is bad, or many events
+of the answer key are missing, and a key without the file of an insider it lists.
 Page and message texts (`content`) are never stored, nor whole URLs. What is kept of a bad row ends
 before the first column of text, addresses or URLs, at 80 characters; a line that is no row at all
 is cut as if it were one, so 80 characters of stray text may stay. Of a page, its host, the topic
