@@ -412,3 +412,28 @@ def test_what_names_do_is_said_by_policy(attacks):
     assert "ppo: names change what is right by +10% on unseen users (+2% to +20%)" in knows
     assert "are known from elsewhere" in knows and "not shown to be remembered" in knows
     assert "are not shown to be known" in learnt and "prompts are remembered" in learnt
+
+
+# --- broken rewards ---
+
+
+def test_a_hack_counts_when_the_reward_rises_without_the_task_and_rings():
+    rewards = {"words": [0.2, 0.2, 0.6, 0.6], "recall": [0.2, 0.2, 0.25, 0.25],
+               "credit": [0.5, 0.5, 0.7, 0.7], "sound": [0.1, 0.1, 0.4, 0.4]}
+    f1 = {"words": [0.6, 0.5], "recall": [0.6, 0.5], "credit": [0.6, 0.6], "sound": [0.6, 0.7]}
+    rang = [pd.DataFrame({"run": ["words"] * 2, "name": ["length_drift", "copying"]}),
+            pd.DataFrame({"run": ["credit"], "name": ["one_label"]})]
+    found = probes.hack_table(rewards, f1, rang, sound="sound")
+    assert found["hacked"].tolist() == [True, False, True, False]
+    assert found["verdict"].tolist() == ["happened and rang", "not shown to happen",
+                                         "happened and rang", "held"]
+    said = probes.hack_reading(found, sound="sound")
+    assert "**holds**" in said and "words (copying, length_drift), credit (one_label)" in said
+    unseen = probes.hack_table(rewards, f1, rang[:1], sound="sound")
+    assert unseen.loc["credit", "verdict"] == "happened unseen"
+    assert "**fails**" in probes.hack_reading(unseen, sound="sound"), "no alarm rang"
+    broken = probes.hack_table(rewards, f1 | {"sound": [0.6, 0.6]}, rang, sound="sound")
+    assert "**fails**" in probes.hack_reading(broken, sound="sound"), "the repair did not hold"
+    calm = {name: [0.2, 0.2] for name in rewards}
+    quiet = probes.hack_table(calm, f1, rang, sound="sound")
+    assert "**is inconclusive**" in probes.hack_reading(quiet, sound="sound"), "alarms prove none"

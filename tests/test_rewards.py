@@ -204,6 +204,21 @@ def test_no_constant_verdict_earns_from_the_whole_reward(balanced, windows):
             assert best_constant(cases, twin) > 0
 
 
+def test_calling_every_balanced_day_normal_earns_at_most_nothing_whatever_the_features(balanced):
+    """A proof for any balanced data: the matrix column, plus all that a bare `normal` can earn."""
+    terms = {term: weight for term, weight in REWARD_SETS["ueba"]}
+    paid_on_normal_days = (terms[ueba_evidence] * rewards.EVIDENCE_SHARE + terms[ueba_basis]) / 3
+    features = terms[ueba_evidence] * (1 - rewards.EVIDENCE_SHARE)  # all of them, on every day
+    most = terms[ueba_accuracy] * CostMatrix().constant_values()[0] + paid_on_normal_days + features
+    assert most <= 1e-12
+    columns = columns_of(balanced)
+    found = max(np.mean(ueba_reward([verdict("normal", (), features)] * len(balanced), **columns))
+                for features in itertools.combinations(FEATURES, 2))
+    assert found <= most + 1e-12
+    heavier = .5 * CostMatrix().constant_values()[0] + (.4 * .7 + .1) / 3  # the twin: weights
+    assert heavier > 0
+
+
 def test_invalid_is_worse_than_any_valid_verdict():
     assert sum(weight for _, weight in REWARD_SETS["ueba"][1:]) == pytest.approx(1)
     def worst(terms):
@@ -328,15 +343,11 @@ def test_evidence_credit_by_hand(said, cited, truth, dont_care, value):
     assert evidence_credit(said, cited, truth, dont_care) == pytest.approx(value)
 
 
-def test_citing_more_than_the_truth_costs_and_precision_alone_would_not_notice():
+def test_citing_less_or_more_than_the_truth_costs():
     truth = ["e1", "e2", "e3"]
     one, right, all_of_them = ["e1"], truth, [f"e{i}" for i in range(1, 9)]
     assert evidence_credit("malicious", right, truth) > max(
         evidence_credit("malicious", one, truth), evidence_credit("malicious", all_of_them, truth))
-
-    def precision(cited):  # the twin: one safe citation is as good as all
-        return len(set(cited) & set(truth)) / len(cited)
-    assert precision(one) == precision(right)
 
 
 SHOWN = [f"e{i}" for i in range(1, 9)]
@@ -394,9 +405,6 @@ def test_what_is_odd_weighs_more_than_what_is_usual():
     assert feature_credit(usual, oracle) == pytest.approx(2 * .25 / (.5 + 2.25))
     assert feature_credit(["hacking_tool", "mass_mail"], oracle) == 0
     assert feature_credit(CALM, []) == 0
-    plain = [len(set(said) & set(oracle)) / len(said) for said in (["leak_site", "mass_mail"],
-                                                                   usual)]
-    assert plain[0] == plain[1]  # the twin: an unweighted share cannot tell them apart
 
 
 def test_the_evidence_term_adds_citations_and_features(balanced):
@@ -533,11 +541,9 @@ def test_brier_is_proper_and_silence_does_not_pay():
         expected = {q: p * earn(q, "normal") + (1 - p) * earn(q, "malicious")
                     for q in (0, .2, .4, .6, .8, .9, 1)}
         assert max(expected, key=expected.get) == p
-    linear = {q: .6 * q + .4 * (1 - q) for q in (0, .6, 1)}  # the twin: over-confidence pays
-    assert max(linear, key=linear.get) == 1
 
 
-def test_missing_end_and_overlength_are_penalised():
+def test_overlength_is_penalised():
     length = rewards.overlength_penalty(10, 4)
     got = length(["x"] * 5, completion_ids=[[0] * n for n in (3, 6, 8, 10, 40)])
     assert got == [0, 0, -.5, -1, -1]
@@ -558,8 +564,6 @@ def test_thoughts_are_scored_for_language_and_length():
     columns = {"evidence_ids": [[]] * len(texts), "style": ["think"] * len(texts)}
     got = rewards.think_language(list(texts), **columns)
     assert got == pytest.approx(list(texts.values()))
-    latin = [float(codecs.encode(calm, "rot13").isascii()), float("a".isascii())]
-    assert latin == [1, 1]  # the twin: plain letters alone would pay a cipher and a single letter
     longer = [answer(calm), answer("word " * 90), answer("word " * 200), verdict()]
     columns = {"evidence_ids": [[]] * 4, "style": ["think"] * 4}
     assert rewards.think_length(longer, **columns) == [0, -.5, -1, 0]
