@@ -52,7 +52,7 @@ bench-data: $(STAMP) ## measure simulating, ingesting and building windows
 bench-rl: $(STAMP) ## measure rollouts and updates
 	@$(BIN)/python benchmarks/bench_rl.py $(ARGS)
 
-learn-check: $(STAMP) ## check over three seeds that PPO and GRPO learn
+learn-check: $(STAMP) ## check over six seeds that PPO and GRPO learn
 	@$(OFFLINE) $(BIN)/python benchmarks/learn_check.py $(ARGS)
 
 credit-check: $(STAMP) ## hold critic and group against exact advantages on a finished study

@@ -1,6 +1,6 @@
-"""Is learning real? SFT start, PPO and GRPO over several seeds, with intervals over seeds.
+"""Is learning real? SFT start, PPO and GRPO over six seeds, with intervals over seeds.
 
-    python benchmarks/learn_check.py --profile laptop --seeds 14 15 16 --runs runs
+    python benchmarks/learn_check.py --profile laptop --seeds 14 15 16 17 18 19 --runs runs
 
 Each seed is a study of its own: another simulated organisation, another split, other training
 randomness. Judged on the dev sample of held-out users (the test users stay closed). Seeds 0 to 13
@@ -70,7 +70,7 @@ def main() -> int:
 def _check() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--profile", default="laptop")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[14, 15, 16])
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(14, 20)))
     parser.add_argument("--runs", default="runs")
     parser.add_argument("--out", help=f"default: {COMMITTED} for the profile laptop, "
                         "<runs>/learn_check-<profile>.json for another")
