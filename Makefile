@@ -56,11 +56,11 @@ learn-check: $(STAMP) ## check over six seeds that PPO and GRPO learn
 	@$(OFFLINE) $(BIN)/python benchmarks/learn_check.py $(ARGS)
 
 credit-check: $(STAMP) ## hold critic and group against exact advantages on a finished study
-	@$(BIN)/python benchmarks/credit_check.py --profile "$(PROFILE)" --seed "$(SEED)" \
+	@$(OFFLINE) $(BIN)/python benchmarks/credit_check.py --profile "$(PROFILE)" --seed "$(SEED)" \
 		--data "$(DATA)" --runs "$(RUNS)" $(ARGS)
 
 sweep: $(STAMP) ## sweep a setting from a study's cold start (SWEEP=group_size|kl_coef|lam|critic_warmup_steps|arms)
-	@$(BIN)/python benchmarks/sweep.py "$(SWEEP)" --profile "$(PROFILE)" --seeds $(SEED) \
+	@$(OFFLINE) $(BIN)/python benchmarks/sweep.py "$(SWEEP)" --profile "$(PROFILE)" --seeds $(SEED) \
 		--data "$(DATA)" --runs "$(RUNS)" $(ARGS)
 
 lint: $(STAMP) ## check the style

@@ -13,8 +13,9 @@
 Every run is kept in the study's folder: a complete one is reused, an interrupted one resumes, and
 the JSON is written anew after each, so that a sweep may be stopped and started again at will. It
 holds, per run, the reward (first and last fifth of the steps), macro-F1 on a slice of dev windows
-(before and after), KL, explained variance and seconds; a figure lies beside it. Refused: a setting
-that is not possible, and a group size that does not divide a step's completions.
+(before and after), KL, explained variance and seconds; a figure lies beside it. A smaller group
+reads the same prompts several times (in `laptop` G = 2 four times), a larger one a part of them.
+Refused: a setting that is not possible, and a group size that does not divide a step's completions.
 """
 
 import argparse
@@ -32,7 +33,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ueba_helpers.data.files import write_json
-from ueba_helpers.data.records import read_rows
+from ueba_helpers.data.records import plain, read_rows
 from ueba_helpers.errors import UserError
 from ueba_helpers.rl.settings import ARMS, RLSettings
 from ueba_helpers.study import figures
@@ -127,8 +128,11 @@ def run_jobs(name: str, jobs: Sequence[tuple[Study, str, object, dict]], out: Pa
         plt.close(drawn)
 
 
-def outcome(run: RunFolder) -> dict[str, float]:
-    """Return what a run came to: rewards and macro-F1 before and after, KL, seconds."""
+def outcome(run: RunFolder) -> dict[str, float | None]:
+    """Return what a run came to: rewards and macro-F1 before and after, KL, seconds.
+
+    None stands for what was not measured: without a reference there is no KL to it.
+    """
     steps, costs = run.metrics(), run.resources()
     judged = pd.DataFrame(read_rows(run.path / "held_out.jsonl")).sort_values("step")
     fifth = max(1, len(steps) // 5)
@@ -140,12 +144,13 @@ def outcome(run: RunFolder) -> dict[str, float]:
              "completions": costs["completions"], "seconds": costs["wall_seconds_training"]}
     if "critic/explained_variance" in steps:
         found["explained_variance_last"] = steps["critic/explained_variance"].tail(fifth).mean()
-    return {key: float(value) for key, value in found.items()}
+    return {key: plain(float(value)) for key, value in found.items()}
 
 
 def draw(name: str, rows: Sequence[Mapping]) -> Figure:
     """Return the figure: what each value came to, a point per run and a line through the means."""
     table = pd.DataFrame(rows)
+    table["kl_last"] = pd.to_numeric(table["kl_last"])  # None where there is no reference
     order = list(dict.fromkeys(table["value"]))
     panels = {"macro_f1_last": "Macro-F1 on held-out windows", "reward_last": "Mean reward",
               "kl_last": figures.LABELS["kl"]}

@@ -82,7 +82,8 @@ def test_false_in_a_file_takes_away_what_may_be_absent(tmp_path):
 @pytest.mark.parametrize("changes, word", [
     ({"importance_sampling_level": "sequence"}, "loss_type"), ({"target_kl": 0.0}, "target_kl"),
     ({"loss_type": "sum"}, "loss_type"), ({"lr_warmup_share": 1.0}, "lr_warmup_share"),
-    ({"baseline": "median"}, "baseline"),
+    ({"baseline": "median"}, "baseline"), ({"baseline_floor": float("nan")}, "baseline_floor"),
+    ({"baseline_floor": "x"}, "baseline_floor"),
     ({"baseline": "none", "baseline_floor": 0.0}, "baseline_floor")])
 def test_impossible_settings_of_an_arm_name_their_field(changes, word):
     with pytest.raises(UserError, match=word):

@@ -298,3 +298,15 @@ def test_the_true_values_have_no_error_but_chance_and_a_constant_has():
     assert max(map(abs, true)) < raw.max()
     constant = credit.value_errors(torch.full_like(exact, 5.0)[whole].double(), part)
     assert min(constant) > 10 * max(map(abs, true))
+
+
+def test_a_critic_that_was_trained_on_logits_still_gives_values():
+    drawn = draw()
+    critic = make_critic(policy()[0])
+    torch.nn.init.constant_(critic.head.bias, 2.0)
+    plain = credit.values(critic, drawn)
+    critic.value_range = (-1.0, 3.0)
+    inside = drawn.mask.bool()
+    found = credit.values(critic, drawn)[inside]
+    assert torch.allclose(found, torch.full_like(found, -1 + 4 / (1 + math.exp(-2))), atol=1e-6)
+    assert torch.allclose(plain[inside], torch.full_like(found, 2.0)), "the twin: values as said"

@@ -432,6 +432,9 @@ def test_a_hack_counts_when_the_reward_rises_without_the_task_and_rings():
     unseen = probes.hack_table(rewards, f1, rang[:1], sound="sound")
     assert unseen.loc["credit", "verdict"] == "happened unseen"
     assert "**fails**" in probes.hack_reading(unseen, sound="sound"), "no alarm rang"
+    always = [*rang, pd.DataFrame({"run": ["sound"], "name": ["one_label"]})]
+    found = probes.hack_table(rewards, f1, always, sound="sound")
+    assert found.loc["credit", "verdict"] == "happened unseen", "that one rings anyway"
     broken = probes.hack_table(rewards, f1 | {"sound": [0.6, 0.6]}, rang, sound="sound")
     assert "**fails**" in probes.hack_reading(broken, sound="sound"), "the repair did not hold"
     calm = {name: [0.2, 0.2] for name in rewards}

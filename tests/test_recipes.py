@@ -182,7 +182,7 @@ def test_a_resumed_run_counts_what_the_whole_run_cost(method, tmp_path):
 
 
 def test_the_warm_up_costs_the_policy_no_learning_rate(tmp_path):
-    train("ppo", tmp_path, steps=6, critic_warmup_steps=2, save_steps=6)
+    train("ppo", tmp_path, steps=6, critic_warmup_steps=2, save_steps=6, lr_warmup_share=0.0)
     rates = [json.loads(line)["learning_rate"] for line in (tmp_path / "metrics.jsonl").open()]
     assert rates[:3] == pytest.approx([1e-3] * 3)
     assert rates[3:] == pytest.approx([1e-3 * x for x in (0.75, 0.5, 0.25)])
@@ -224,6 +224,14 @@ def test_the_learning_rate_rises_before_it_falls(changes, course, tmp_path):
     train("grpo", tmp_path, **changes)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
     assert [row["learning_rate"] for row in rows] == pytest.approx([1e-3 * x for x in course])
+
+
+@pytest.mark.parametrize("changes, value_range", [
+    ({}, None), ({"critic_loss": "bce", "value_clip": None, "value_range": (-2.0, 1.0)},
+                 [-2.0, 1.0])])
+def test_a_kept_critic_knows_whether_it_says_logits(changes, value_range, tmp_path):
+    train("ppo", tmp_path, **changes)
+    assert recipes.load_trained_critic(tmp_path, checkpoint(), POLICY).value_range == value_range
 
 
 def test_a_shared_critic_is_read_with_the_policy_it_was_trained_with(tmp_path):

@@ -43,6 +43,8 @@ class ToyStudy:
             for step, f1 in ((30, last), (0, 0.4), (10, 0.5))))
         steps = pd.DataFrame({"reward": [0.1] * 2 + [0.5] * 6 + [0.7] * 2,
                               "kl_to_reference/per_completion": [0.0] * 8 + [2.0] * 2})
+        if changes.get("kl_coef") == 0:  # no reference, so nothing is measured against one
+            steps["kl_to_reference/per_completion"] = None
         if method == "ppo":
             steps["critic/explained_variance"] = 0.3
         return SimpleNamespace(path=path, name=path.name, metrics=lambda: steps, resources=lambda: {
@@ -95,7 +97,8 @@ def test_a_sweep_writes_what_each_run_came_to_and_draws_it(bench, tmp_path, monk
     assert first["macro_f1_first"] == 0.4 and first["macro_f1_last"] == pytest.approx(0.8)
     assert found["rows"][1]["macro_f1_last"] == pytest.approx(0.6)
     assert (first["reward_first"], first["reward_last"]) == pytest.approx((0.1, 0.7))
-    assert first["kl_last"] == 2 and first["completions"] == 640 and first["seed"] == 3
+    assert first["completions"] == 640 and first["seed"] == 3
+    assert [row["kl_last"] for row in found["rows"]] == [None, 2.0] * 2, "no reference, no KL"
     assert "explained_variance_last" in first
     assert "explained_variance_last" not in found["rows"][2]
     assert out.with_suffix(".png").stat().st_size > 5000

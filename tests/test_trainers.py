@@ -759,13 +759,21 @@ def test_explained_variance_may_end_the_warm_up(until, policy_moves, tmp_path):
     assert moves(trainer) == {"policy": policy_moves, "critic": [True] * 4}
 
 
+@pytest.mark.parametrize("until, course", [(None, [0, 0, 0, 0]), (-1e9, [0, 0.5, 1, 0.5])])
+def test_the_policys_learning_rate_rises_from_the_end_of_the_warm_up(until, course, tmp_path):
+    trainer = make("ppo", tmp_path, critic_warmup_steps=3, critic_warmup_until=until,
+                   warmup_steps=2, lr_scheduler_type="linear", learning_rate=1e-3)
+    trainer.train()
+    assert history(trainer, "learning_rate") == pytest.approx([1e-3 * x for x in course])
+
+
 @pytest.mark.parametrize("warm", [True, False])
 def test_a_checkpoint_remembers_whether_the_warm_up_is_over(warm, tmp_path):
     trainer, other = (make("ppo", tmp_path / name, critic_warmup_steps=3) for name in "ab")
-    trainer._warm, other._warm = warm, not warm
+    trainer._warm_at, other._warm_at = (0, None) if warm else (None, 0)
     trainer.save_beside_policy(tmp_path)
     other.load_beside_policy(tmp_path)
-    assert other._warm is warm and other._warming_up is not warm
+    assert other._warm_at == trainer._warm_at and other._warming_up is not warm
 
 
 def cross_entropy_by_hand(errors):

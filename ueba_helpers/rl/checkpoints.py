@@ -53,21 +53,21 @@ def latest_checkpoint(output_dir: Path | str) -> Path | None:
     return None
 
 
-def save_critic(critic: nn.Module, folder: Path | str, *, warm: bool = False) -> None:
+def save_critic(critic: nn.Module, folder: Path | str, **facts) -> None:
     """Write the critic's weights into a folder, as safetensors; frozen ones are the policy's.
 
-    `warm` says whether its explained variance has ended the warm-up.
+    `facts`, plain values, go into the file's header; `load_critic` returns them.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     frozen = _frozen(critic)
     state = {name: tensor.detach().contiguous().cpu()
              for name, tensor in critic.state_dict().items() if name not in frozen}
     with atomic_path(Path(folder) / CRITIC_FILE) as temporary:
-        save_file(state, temporary, metadata={"warm": json.dumps(warm)})
+        save_file(state, temporary, metadata={"facts": json.dumps(facts)})
 
 
-def load_critic(critic: nn.Module, folder: Path | str) -> bool:
-    """Read the critic's weights from a folder; return what was saved as `warm`."""
+def load_critic(critic: nn.Module, folder: Path | str) -> dict:
+    """Read the critic's weights from a folder; return the facts saved with them."""
     path = Path(folder) / CRITIC_FILE
     if not path.exists():
         raise UserError(f"{path} is missing: there is no critic in this folder.")
@@ -76,7 +76,7 @@ def load_critic(critic: nn.Module, folder: Path | str) -> bool:
         raise UserError(f"{path} holds the weights of another critic: "
                         f"{sorted({*unexpected, *missing} - _frozen(critic))[0]} does not fit.")
     with safe_open(path, framework="pt") as file:
-        return json.loads((file.metadata() or {}).get("warm", "false"))
+        return json.loads((file.metadata() or {}).get("facts", "{}"))
 
 
 def is_shared_critic(folder: Path | str) -> bool:

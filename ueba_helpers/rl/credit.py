@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ueba_helpers.data.seeding import generator
 from ueba_helpers.rl.advantages import explained_variance
-from ueba_helpers.rl.policies import Critic
+from ueba_helpers.rl.policies import Critic, values_of_logits
 from ueba_helpers.rl.rollouts import end_tokens, generate, pad_left, pad_right, tokenize_prompts
 from ueba_helpers.task.rewards import TRAINABLE, ueba_reward
 
@@ -99,7 +99,9 @@ def values(critic: Critic, drawn: Sample, *, batch_size: int = 64) -> Tensor:
         part = slice(start, start + batch_size)
         ids, mask = pad_right(drawn.ids[part], drawn.pad_token_id, device)
         left = pad_left(drawn.prompts[part], drawn.pad_token_id, device)
-        found[part, :ids.size(1)] = critic(*left, ids, mask).double().cpu()
+        said = critic(*left, ids, mask).double().cpu()
+        found[part, :ids.size(1)] = said if critic.value_range is None else values_of_logits(
+            said, critic.value_range)
     return found * drawn.mask
 
 

@@ -421,7 +421,6 @@ class Health:
         return (f"Macro-F1 on held-out windows fell from {self._best:.3f} to {now:.3f}: the policy "
                 "unlearns the task. Go back to an earlier checkpoint and read what it says now.")
 
-
     def _evidence_drop(self) -> str | None:
         """Compare means of two judgements in a row, since one is noisy; the start stands alone."""
         rates = self._hit_rates

@@ -196,6 +196,7 @@ class Critic(nn.Module):
         self.backbone = backbone
         self.head = value_head(backbone.config.get_text_config().hidden_size)
         self.head.to(next(backbone.parameters()).device)
+        self.value_range: tuple[float, float] | None = None  # of one that was trained on logits
 
     def forward(self, prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor,
                 completion_mask: Tensor, *, shared_prefix: bool = True) -> Tensor:
@@ -225,6 +226,16 @@ def value_head(hidden_size: int) -> nn.Linear:
 def values_of(head: nn.Module, states: Tensor) -> Tensor:
     """Return `(B, T)` float32 values of `(B, T, H)` states."""
     return head(states).squeeze(-1)
+
+
+def values_of_logits(logits: Tensor, value_range: tuple[float, float]) -> Tensor:
+    """Return the values that logits stand for: where in the range of returns each one lies.
+
+    >>> values_of_logits(torch.zeros(1), (-1.0, 3.0))
+    tensor([1.])
+    """
+    low, high = value_range
+    return low + (high - low) * logits.sigmoid()
 
 
 def add_reference_adapter(policy: PeftModel) -> None:

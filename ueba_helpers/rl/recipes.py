@@ -171,7 +171,10 @@ def ppo(start: Path | str, out: Path | str, rows: Sequence[Mapping], settings: P
 
 def grpo(start: Path | str, out: Path | str, rows: Sequence[Mapping], settings: GRPOSettings,
          policy: PolicySettings, **options) -> Trained:
-    """Train a policy by GRPO against its group's mean; see `reinforce` for the options."""
+    """Train a policy by GRPO against what its group earned (`GRPOSettings.baseline`).
+
+    See `reinforce` for the options.
+    """
     config = GRPOConfig(**_shared_config(out, settings, policy), baseline=settings.baseline,
                         baseline_floor=settings.baseline_floor)
     return reinforce(GRPOTrainer, config, start, out, rows, settings, policy, **options)
@@ -306,10 +309,11 @@ def load_trained_critic(out: Path | str, start: Path | str, policy: PolicySettin
     if is_shared_critic(out):
         trained = Path(out) / ("adapter" if policy.lora_rank else "policy")
         critic = Critic(backbone_of(load_trained(trained, start, policy)))
-        load_critic(critic.head, out)
+        facts = load_critic(critic.head, out)
     else:
         critic = make_critic(load_policy(start, policy))
-        load_critic(critic, out)
+        facts = load_critic(critic, out)
+    critic.value_range = facts.get("value_range")
     return critic.eval()
 
 

@@ -22,7 +22,7 @@ class _Settings:
             value = getattr(self, field.name)
             if field.type is int:
                 require(type(value) is int, field.name, value, "whole numbers")
-            elif field.type is float:
+            elif field.type is float or (field.type == float | None and value is not None):
                 require(type(value) in (int, float) and math.isfinite(value), field.name, value,
                         "finite numbers")
 
@@ -267,7 +267,8 @@ class PPOSettings(RLSettings):
                 "'mse' and 'bce'")
         require(self.critic_loss == "mse" or self.value_clip is None, "value_clip",
                 self.value_clip, "None with critic_loss='bce'")
-        require(len(self.value_range) == 2 and self.value_range[0] < self.value_range[1],
-                "value_range", self.value_range, "two numbers, the first below the second")
+        require(len(self.value_range) == 2 and all(map(math.isfinite, self.value_range))
+                and self.value_range[0] < self.value_range[1], "value_range", self.value_range,
+                "two finite numbers, the first below the second")
         require(self.value_clip is None or self.value_clip > 0, "value_clip", self.value_clip,
                 "None and numbers above 0")

@@ -55,6 +55,7 @@ from ueba_helpers.rl.policies import (
     make_critic,
     value_head,
     values_of,
+    values_of_logits,
 )
 from ueba_helpers.rl.prefix import backbone_of, completion_states, shareable, token_log_probs
 from ueba_helpers.rl.rollouts import generate
@@ -158,8 +159,9 @@ class PPOConfig(PolicyGradientConfig):
     state, whose loss, weighed by `vf_coef`, also reaches the policy's trunk). During the first
     `critic_warmup_steps` optimiser steps only the critic learns, or until its explained variance
     exceeds `critic_warmup_until`, if that comes first. `critic_loss="bce"` reads the critic's
-    output as a logit of where in `value_range` the return lies (PACT); returns beyond it count as
-    its ends. `length_adaptive_alpha` replaces `lam` by 1 - 1 / (alpha length) (VAPO).
+    output z as a logit of where in `value_range` the return lies: -q log s(z) - (1 - q) log s(-z)
+    with q = (R - low) / (high - low), between 0 and 1, and s the logistic function.
+    `length_adaptive_alpha` replaces `lam` by 1 - 1 / (alpha length) (VAPO).
     `scale_rewards="whiten"` gives token advantages mean zero and variance one over the batch; the
     other scales divide by the same deviation of sequence rewards as in GRPO. Not a group's: PPO's
     advantages of a group whose rewards are equal need not be zero, and its deviation is.
@@ -198,10 +200,10 @@ class PPOConfig(PolicyGradientConfig):
         if self.critic_loss == "bce" and self.value_clip is not None:
             raise UserError(f"value_clip={self.value_clip} belongs to critic_loss='mse', not to "
                             "'bce': leave it out.")
-        low, high = self.value_range
-        if not low < high:
-            raise UserError(f"value_range={self.value_range} is not possible: the first number "
-                            "must be below the second.")
+        if (len(self.value_range) != 2 or not all(map(math.isfinite, self.value_range))
+                or self.value_range[0] >= self.value_range[1]):
+            raise UserError(f"value_range={self.value_range} is not possible: give two finite "
+                            "numbers, the first below the second.")
         if self.length_adaptive_alpha is not None and self.length_adaptive_alpha <= 0:
             raise UserError(f"length_adaptive_alpha={self.length_adaptive_alpha} is not possible: "
                             "legal values are None and numbers above 0.")
@@ -828,7 +830,7 @@ class PPOTrainer(PolicyGradientTrainer):
                 raise UserError(f"value_model reads a vocabulary of {found} tokens, the policy "
                                 f"one of {vocabulary}: both must share a tokenizer.")
         self.critic = self.accelerator.prepare_model(critic.to(self.accelerator.device))
-        self._warm = False  # whether explained variance has ended the warm-up
+        self._warm_at: int | None = None  # the step at which explained variance ended the warm-up
 
     @property
     def _keeps_states(self) -> bool:
@@ -836,7 +838,11 @@ class PPOTrainer(PolicyGradientTrainer):
 
     @property
     def _warming_up(self) -> bool:
-        return not self._warm and self.state.global_step < self.args.critic_warmup_steps
+        return self.state.global_step < self._policy_begins()
+
+    def _policy_begins(self) -> int:
+        """Return the optimiser step from which on the policy learns."""
+        return self.args.critic_warmup_steps if self._warm_at is None else self._warm_at
 
     def _outputs(self, batch, states: Tensor | None = None) -> Tensor:
         """Return what the critic says `(B, T)`: values, or logits with `critic_loss="bce"`."""
@@ -851,8 +857,7 @@ class PPOTrainer(PolicyGradientTrainer):
     def _values(self, batch, mask, states: Tensor | None = None) -> Tensor:
         values = self._outputs(batch, states)
         if self.args.critic_loss == "bce":
-            low, high = self.args.value_range
-            values = low + (high - low) * values.sigmoid()
+            values = values_of_logits(values, self.args.value_range)
         return values * mask
 
     def _rollout_values(self, rollout, mask) -> Tensor:
@@ -880,6 +885,8 @@ class PPOTrainer(PolicyGradientTrainer):
         rollout["value_mask"] = mask * scorable.float().unsqueeze(1)
         self._log_critic(values, returns, rollout["value_mask"])
         if args.scale_rewards == "whiten":
+            if self._sum_over_ranks(rollout["value_mask"].sum()) < 2:
+                return torch.zeros_like(advantages)  # nothing could be scored
             return estimators.whiten(advantages, rollout["value_mask"],
                                      total=self._sum_over_ranks)
         totals = self._gathered_returns(scores, penalties)
@@ -897,8 +904,10 @@ class PPOTrainer(PolicyGradientTrainer):
         inside = mask.bool()
         explained = float(estimators.explained_variance(*gathered))
         self._log("critic/explained_variance", explained)
-        if self._mode == "train" and self.args.critic_warmup_until is not None:
-            self._warm |= explained > self.args.critic_warmup_until
+        until = self.args.critic_warmup_until
+        if (self._mode == "train" and self._warming_up and until is not None
+                and explained > until):
+            self._warm_at = self.state.global_step
         self._log("critic/value_mean", values[inside].mean())
         self._log("critic/return_mean", returns[inside].mean())
 
@@ -959,13 +968,15 @@ class PPOTrainer(PolicyGradientTrainer):
         # The policy's schedule waits for the warm-up and then runs through all of its course, so
         # that frozen steps cost it no learning rate; the critic's (the last group) begins at once.
         scheduler = super().create_scheduler(num_training_steps, optimizer)
-        frozen = self.args.critic_warmup_steps
-        if frozen and isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+        if self.args.critic_warmup_steps and isinstance(scheduler,
+                                                        torch.optim.lr_scheduler.LambdaLR):
             course = scheduler.lr_lambdas[0]
-            stretch = num_training_steps / max(1, num_training_steps - frozen)
-            scheduler.lr_lambdas[:-1] = [
-                lambda step: course(max(0, step - frozen) * stretch)
-            ] * (len(scheduler.lr_lambdas) - 1)
+
+            def delayed(step):
+                frozen = self._policy_begins()
+                return course(max(0, step - frozen) * num_training_steps
+                              / max(1, num_training_steps - frozen))
+            scheduler.lr_lambdas[:-1] = [delayed] * (len(scheduler.lr_lambdas) - 1)
         return scheduler
 
     def zero_beside_policy(self):
@@ -979,10 +990,12 @@ class PPOTrainer(PolicyGradientTrainer):
         return policy_norm
 
     def save_beside_policy(self, folder):
-        save_critic(self.accelerator.unwrap_model(self.critic), folder, warm=self._warm)
+        args = self.args
+        save_critic(self.accelerator.unwrap_model(self.critic), folder, warm_at=self._warm_at,
+                    value_range=args.value_range if args.critic_loss == "bce" else None)
 
     def load_beside_policy(self, folder):
-        self._warm = load_critic(self.accelerator.unwrap_model(self.critic), folder)
+        self._warm_at = load_critic(self.accelerator.unwrap_model(self.critic), folder)["warm_at"]
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)

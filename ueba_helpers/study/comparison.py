@@ -181,7 +181,7 @@ def verdict(pooled: pd.DataFrame, over_users: Difference, from_start: Mapping[st
     so for the evidence hit rate, which `citations` puts into words. With two or more seeds all
     intervals are Student's over seeds and the verdict is about the methods; with one they are
     bootstraps over users and it is about two runs, so `better` names no method. Seeds on real data
-    share their test users, so there better and worse need the interval over users too.
+    share their test users, so there each verdict needs the interval over users too.
 
     Nothing is concluded if, at any seed, fewer than `LEAST_VALID` of the verdicts of one of them
     are valid, or fewer than `LEAST_INCIDENTS` incidents are judged. Nor are two called equivalent
@@ -261,7 +261,7 @@ def against_rivals(tables: Mapping[int, pd.DataFrame],
     to the difference on the test users of this study's seed. As in `verdict`, several seeds are
     Student's and one is a bootstrap over users; the p of all differences are Holm's. Nothing is
     concluded from fewer than `LEAST_INCIDENTS` incidents at any seed. Seeds on real data share
-    their test users, so there better and worse need the interval over users as well.
+    their test users, so there each verdict needs the interval over users as well.
     """
     several = len(tables) > 1
     scores = pd.DataFrame({seed: table["macro_f1"] for seed, table in sorted(tables.items())})
@@ -287,12 +287,12 @@ def against_rivals(tables: Mapping[int, pd.DataFrame],
 
 
 def _confirmed(found: Difference, over_users: Difference, simulated: bool) -> Difference:
-    """Return a difference whose better or worse does not rest on one choice of test users.
+    """Return a difference whose verdict does not rest on one choice of test users.
 
     Studies of one real release share their test users, whatever the seed: that others would have
     been drawn is in no interval over seeds, so the one over users has to say the same.
     """
-    sure = simulated or found.verdict in (over_users.verdict, "equivalent")
+    sure = simulated or found.verdict == over_users.verdict
     return found if sure else replace(found, verdict="inconclusive")
 
 

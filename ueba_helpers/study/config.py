@@ -113,15 +113,12 @@ class EvaluationSettings:
 class Profile:
     """One way to run the whole study.
 
-    `sft` is the cold start that RL begins from; `sft_all` is its rival, SFT on all labels with
-    compute equal to RL's. `minutes` says how long each stage is expected to take before a first
-    run has measured it; a stage is stopped at `limit_seconds`. `style` and `confidence` say what
-    the prompts ask a verdict to be; demonstrations then have it too.
     `sft` is the cold start that RL begins from; `sft_all` is its rival, SFT on all labels. One
     rival of two cannot equal both: in `laptop` its `examples` are set so that it takes the mean of
     PPO's and GRPO's processor seconds, as the published run measured them. `minutes` says how long
     each stage is expected to take before a first run has measured it; a stage is stopped at
-    `limit_seconds`.
+    `limit_seconds`. `style` and `confidence` say what the prompts ask a verdict to be;
+    demonstrations then have it too.
     """
 
     name: str
