@@ -32,8 +32,8 @@ Reward = Callable[..., list[float]]  # of completions and the prompt rows' colum
 def trained_on(rewards: str) -> Reward:
     """Return the reward of what a policy may be trained on: the weighted sum of its terms.
 
-    >>> trained_on("traditional")(["no verdict"], label=["normal"], evidence_ids=[[]])
-    [0.0]
+    >>> trained_on("broken_any_mention")(["normal?"], label=["normal"], evidence_ids=[[]])
+    [1.0]
     """
     def reward(completions, **columns):
         terms = [[weight * value for value in term(completions, **columns)]

@@ -376,6 +376,18 @@ def best_possible(release: Path | str, truth: pd.DataFrame, sample: pd.DataFrame
         "seconds": 0.0})
 
 
+def innocent_causes(release: Path | str) -> pd.Series | None:
+    """Return why innocent days of a simulated release deviate, by window_id; of a real one None.
+
+    Read from `truth/causes.csv`, which no detector may read; of two causes of a day the first.
+    """
+    path = Path(release) / "truth" / "causes.csv"
+    if not path.exists():
+        return None
+    known = pd.read_csv(path).drop_duplicates(["user", "day"])
+    return known["cause"].set_axis(known["user"] + "_" + known["day"]).rename("innocent cause")
+
+
 def flagged_shares(joined: Mapping[str, pd.DataFrame], reason: pd.Series) -> pd.DataFrame:
     """Return the shares of benign account-days called malicious, by the reason a day stands out.
 

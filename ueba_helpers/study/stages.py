@@ -257,17 +257,13 @@ class Study:
         return pd.read_parquet(self.home / "audit.parquet")
 
     def reasons(self) -> pd.Series:
-        """Return why innocent days deviate, by window_id; evaluation's side of the table.
+        """Return why innocent days deviate, by window_id.
 
         A simulated release tells the cause (name "innocent cause"); of a real one only the role of
         the account is known (name "role").
         """
-        release = Path(_read(self.home / "samples.json")["release"])
-        causes = release / "truth" / "causes.csv"
-        if not causes.exists():
-            return self.windows.set_index("window_id")["role"]
-        known = pd.read_csv(causes).drop_duplicates(["user", "day"])
-        return known["cause"].set_axis(known["user"] + "_" + known["day"]).rename("innocent cause")
+        known = evaluation.innocent_causes(_read(self.home / "samples.json")["release"])
+        return self.windows.set_index("window_id")["role"] if known is None else known
 
     def sample(self, split: str) -> pd.DataFrame:
         """Return the windows of a split that every detector is judged on, with their weights."""
