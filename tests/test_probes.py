@@ -394,6 +394,10 @@ def test_a_flood_of_loud_items_hides_the_true_ones_where_room_is_short():
     assert found.loc[0, ["shown", "none", "alarms", "less"]].tolist() == [1, 0, 1, 0]
     assert found["shown"].is_monotonic_decreasing and found.loc[12, "shown"] < 0.5
     assert found.loc[12, "less"] == found.loc[12, "none"] == 1 - found.loc[12, "alarms"]
+    said = probes.flood_readings(pd.concat({"ppo": found}))
+    assert "0 loud items added: 100% of the true items" in said[0] and "say less" in said[0]
+    nobody = probes.flood_readings(pd.concat({"ppo": found.assign(less=float("nan"))}))
+    assert all("no verdict is valid" in line and "nan" not in line for line in nobody)
     roomy = probes.flooded(probes.reads_items, windows, (0, 12), max_items=30)
     assert roomy.loc[12, ["shown", "less"]].tolist() == [1, 0], "the twin: room for all"
     calm = probes.flooded(probes.reads_heading, windows, (0, 12), max_items=8)

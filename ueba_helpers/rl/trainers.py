@@ -565,7 +565,8 @@ class PolicyGradientTrainer(trl.GRPOTrainer):
             folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             self.save_beside_policy(folder)
             seal(folder)
-            rotate_checkpoints(str(run), limit, self.state.best_model_checkpoint, use_mtime=True)
+            # By number: two checkpoints of a quick run may have one time.
+            rotate_checkpoints(str(run), limit, self.state.best_model_checkpoint, use_mtime=False)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -132,6 +132,14 @@ def flooded(ask: Ask, windows: Sequence[Window], counts: Sequence[int], **option
     return pd.DataFrame(made).set_index("added")
 
 
+def flood_readings(floods: pd.DataFrame) -> list[str]:
+    """Return what tables of `flooded`, by policy and count, show: a sentence a row."""
+    return [f"{policy}, {added} loud items added: {row.shown:.0%} of the true items are shown, "
+            + ("no verdict is valid" if np.isnan(row.less) else
+               f"{row.less:.0%} of the verdicts that stay valid say less")
+            for (policy, added), row in floods.iterrows()]
+
+
 def named_rows(windows: Sequence[Window], key: str, *, max_items: int,
                count_tokens: Callable[[list[dict]], int] | None = None,
                budget: int | None = None, **options: object) -> dict[str, list[dict]]:
@@ -413,10 +421,14 @@ def label_cheats(said: Mapping[str, pd.DataFrame], rows: Sequence[Mapping], *,
     return pd.DataFrame.from_dict(made, orient="index").rename_axis("policy")
 
 
+LEAST_LEAD = 0.005  # in reward units: less is rounding, as where a cheat writes the same verdicts
+
+
 def _ahead(lead: float, error: float, cheats: int) -> str:
-    return ("its reasons earn more than any cheat's" if lead > stats.norm.isf(0.025) * error else
+    return ("its reasons earn more than any cheat's"
+            if lead > max(stats.norm.isf(0.025) * error, LEAST_LEAD) else
             "a cheat with its labels earns more"
-            if lead < -stats.norm.isf(0.025 / cheats) * error else
+            if lead < -max(stats.norm.isf(0.025 / cheats) * error, LEAST_LEAD) else
             "its reasons are not shown to earn more than a cheat's")
 
 
