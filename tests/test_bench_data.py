@@ -1,19 +1,13 @@
 """The data benchmark: its verdict on growth, fed with invented measurements."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 
-PATH = Path(__file__).parent.parent / "benchmarks" / "bench_data.py"
+from tests.scripts import benchmark
 
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("bench_data", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return benchmark("bench_data")
 
 
 def verdicts(bench, power: float) -> dict[str, bool]:

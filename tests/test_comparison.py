@@ -1,14 +1,13 @@
 """What notebook 07 hands on: studies are pooled only if equal, the verdict says what was found."""
 
 import dataclasses
-import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from tests.scripts import benchmark
 from ueba_helpers.errors import UserError
 from ueba_helpers.study import comparison
 from ueba_helpers.study.config import profile
@@ -406,11 +405,7 @@ def test_sft_on_all_labels_equals_the_mean_of_both_and_neither_of_them():
 
 @pytest.fixture(scope="module")
 def publisher():
-    path = Path(__file__).parents[1] / "benchmarks" / "publish_study.py"
-    spec = importlib.util.spec_from_file_location("publish_study", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return benchmark("publish_study")
 
 
 @pytest.fixture

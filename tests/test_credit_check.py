@@ -1,27 +1,22 @@
 """The credit benchmark's arithmetic, fed with invented completions and values."""
 
-import importlib.util
 import math
-from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 
+from tests.scripts import benchmark
 from tests.test_credit import VERDICT, written
 from ueba_helpers.rl import credit
 from ueba_helpers.study.config import profile
 
-PATH = Path(__file__).parent.parent / "benchmarks" / "credit_check.py"
 SETTINGS = profile("smoke").ppo  # groups of four
 
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("credit_check", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return benchmark("credit_check")
 
 
 def exact_of(drawn, before, after):

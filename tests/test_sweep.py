@@ -1,6 +1,5 @@
 """The sweep: which settings a value changes, and its results, with runs that were never trained."""
 
-import importlib.util
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,20 +7,17 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
+from tests.scripts import benchmark
 from ueba_helpers.errors import UserError
 from ueba_helpers.rl.settings import ARMS
 from ueba_helpers.study.config import profile
 
-PATH = Path(__file__).parent.parent / "benchmarks" / "sweep.py"
 LAPTOP = profile("laptop")
 
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("sweep", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return benchmark("sweep")
 
 
 class ToyStudy:
